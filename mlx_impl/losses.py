@@ -1,0 +1,79 @@
+"""Losses of the adversarial systems, in MLX.
+
+Sources
+    Goodfellow et al. 2014, "Generative Adversarial Nets" (arXiv 1406.2661): Eq. 1 and the last
+    paragraph of section 3. Documents 001 and 002 write the cross-entropy with LogSoftmax over an
+    axis of length one, which is zero everywhere; ERRATA.md 001-E6 and 002-E5 tell the repair.
+
+All losses return the mean over the batch, a scalar. Logits and probabilities are (B, 1) unless said.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def bce_with_logits(logits: mx.array, targets: mx.array) -> mx.array:
+    """Binary cross-entropy of logits (B, ...) against targets in [0, 1] of the same shape.
+
+    ``softplus(l) - y * l``: finite, with a gradient in [-1, 1] per element, for every finite logit.
+    """
+    return nn.losses.binary_cross_entropy(logits, targets, reduction="mean")
+
+
+@mx.custom_function
+def _bce_elements(probabilities: mx.array, targets: mx.array) -> mx.array:
+    log_p = mx.maximum(mx.log(probabilities), -100.0)
+    log_not_p = mx.maximum(mx.log(1 - probabilities), -100.0)
+    return -(targets * log_p + (1 - targets) * log_not_p)
+
+
+@_bce_elements.vjp
+def _bce_elements_vjp(primals, cotangent, _output):
+    # MLX clips the logarithm but not its derivative, so autodiff gives 0 * inf = NaN at p = 0 and
+    # p = 1 (a sigmoid reaches 1 at logit 17.5 in float32). This is PyTorch's derivative instead.
+    p, y = primals
+    d_p = (p - y) / mx.maximum(p * (1 - p), 1e-12)
+    d_y = mx.maximum(mx.log(1 - p), -100.0) - mx.maximum(mx.log(p), -100.0)
+    return cotangent * d_p, cotangent * d_y
+
+
+def bce_from_probabilities(probabilities: mx.array, targets: mx.array) -> mx.array:
+    """Binary cross-entropy of probabilities in [0, 1], (B, ...), against targets of the same shape.
+
+    PyTorch's conventions at the ends: the logarithm is cut off at -100, and the gradient
+    ``(p - y) / max(p (1 - p), 1e-12)`` is finite even at 0 and 1, where
+    ``nn.losses.binary_cross_entropy(with_logits=False)`` has NaN. Prefer :func:`bce_with_logits`.
+    """
+    return _bce_elements(probabilities, targets).mean()
+
+
+def discriminator_loss(real_logits: mx.array, fake_logits: mx.array) -> mx.array:
+    """``-E log D(x) - E log(1 - D(G(z)))``, the negative of Goodfellow Eq. 1, from logits (B, 1)."""
+    real = bce_with_logits(real_logits, mx.ones_like(real_logits))
+    fake = bce_with_logits(fake_logits, mx.zeros_like(fake_logits))
+    return real + fake
+
+
+def generator_loss_nonsaturating(fake_logits: mx.array) -> mx.array:
+    """``-E log D(G(z))`` from logits (B, 1): Goodfellow section 3, last paragraph.
+
+    Its gradient tends to -1 where the discriminator is sure of the fake, so the generator learns.
+    """
+    return mx.logaddexp(0.0, -fake_logits).mean()
+
+
+def generator_loss_minimax(fake_logits: mx.array) -> mx.array:
+    """``E log(1 - D(G(z)))`` from logits (B, 1): the generator's side of Goodfellow Eq. 1.
+
+    Its gradient vanishes where the discriminator is sure of the fake.
+    """
+    return -mx.logaddexp(0.0, fake_logits).mean()
+
+
+def two_logit_loss(logits: mx.array, labels: mx.array) -> mx.array:
+    """Cross-entropy of a discriminator with two logits (B, 2) against labels (B,), 0 fake or 1 real.
+
+    What documents 001 and 002 reach for with LogSoftmax. It is the same loss as one logit:
+    ``log_softmax([0, l]) = [log(1 - sigmoid(l)), log(sigmoid(l))]``.
+    """
+    return nn.losses.cross_entropy(logits, labels, reduction="mean")

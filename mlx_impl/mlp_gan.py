@@ -1,0 +1,104 @@
+"""Fully connected GAN of documents 001 and 002, in MLX.
+
+Sources
+    Documents 001 (widths 128, 256, 512) and 002 (widths 256, 512, 1024, on MNIST), repaired:
+    ERRATA.md lists what was wrong. Goodfellow et al. 2014 (arXiv 1406.2661), Algorithm 1.
+
+Repairs that show here: the discriminator returns logits, not probabilities (001-E4, 002-E4); the
+generator returns images and the discriminator flattens them, so D(G(z)) composes (002-E3).
+"""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
+
+DOCUMENT_001 = (128, 256, 512)
+DOCUMENT_002 = (256, 512, 1024)
+
+
+class Generator(nn.Module):
+    """Noise (B, latent_dim) to images (B, H, W, C) in [-1, 1]."""
+
+    def __init__(
+        self,
+        latent_dim: int = 100,
+        widths: tuple[int, int, int] = DOCUMENT_002,
+        image_size: tuple[int, int] = (28, 28),
+        channels: int = 1,
+    ):
+        super().__init__()
+        self.image_shape = (*image_size, channels)
+        self.fc1 = nn.Linear(latent_dim, widths[0])
+        self.fc2 = nn.Linear(widths[0], widths[1])
+        self.fc3 = nn.Linear(widths[1], widths[2])
+        self.fc4 = nn.Linear(widths[2], math.prod(self.image_shape))
+
+    def __call__(self, z: mx.array) -> mx.array:
+        x = nn.relu(self.fc1(z))
+        x = nn.relu(self.fc2(x))
+        x = nn.relu(self.fc3(x))
+        x = mx.tanh(self.fc4(x))
+        return x.reshape(-1, *self.image_shape)  # (B, H, W, C)
+
+
+class Discriminator(nn.Module):
+    """Images (B, H, W, C) in [-1, 1] to logits (B, 1), positive for real. Widths as the generator's."""
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int] = DOCUMENT_002,
+        image_size: tuple[int, int] = (28, 28),
+        channels: int = 1,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(channels * math.prod(image_size), widths[2])
+        self.fc2 = nn.Linear(widths[2], widths[1])
+        self.fc3 = nn.Linear(widths[1], widths[0])
+        self.fc4 = nn.Linear(widths[0], 1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = x.flatten(1)  # (B, H * W * C)
+        x = nn.leaky_relu(self.fc1(x), 0.2)
+        x = nn.leaky_relu(self.fc2(x), 0.2)
+        x = nn.leaky_relu(self.fc3(x), 0.2)
+        return self.fc4(x)
+
+
+def make_optimizer(module: nn.Module) -> optim.Adam:
+    """Adam with both documents' settings and PyTorch's bias correction, which MLX leaves off."""
+    optimizer = optim.Adam(learning_rate=2e-4, betas=[0.5, 0.999], bias_correction=True)
+    optimizer.init(module.trainable_parameters())  # before a compiled step captures its state
+    return optimizer
+
+
+def train_step(
+    generator: Generator,
+    discriminator: Discriminator,
+    optimizer_g: optim.Optimizer,
+    optimizer_d: optim.Optimizer,
+    real: mx.array,
+    noise: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """One alternating step (Goodfellow Algorithm 1, k = 1) from real (B, H, W, C), noise (B, latent_dim).
+
+    The generator's half sees the same noise and the discriminator just updated. Returns the
+    discriminator's and the generator's loss, each before its own update.
+    """
+
+    def d_loss_fn(discriminator: Discriminator) -> mx.array:
+        fake = generator(noise)
+        return discriminator_loss(discriminator(real), discriminator(fake))
+
+    def g_loss_fn(generator: Generator) -> mx.array:
+        # MLX keeps no tape, so the fake is made again here; compiled, the two forwards are one.
+        return generator_loss_nonsaturating(discriminator(generator(noise)))
+
+    d_loss, d_grads = nn.value_and_grad(discriminator, d_loss_fn)(discriminator)
+    optimizer_d.update(discriminator, d_grads)
+    g_loss, g_grads = nn.value_and_grad(generator, g_loss_fn)(generator)
+    optimizer_g.update(generator, g_grads)
+    return d_loss, g_loss

@@ -1,0 +1,99 @@
+"""Fully connected GAN of documents 001 and 002, in PyTorch.
+
+Sources
+    Documents 001 (widths 128, 256, 512) and 002 (widths 256, 512, 1024, on MNIST), repaired:
+    ERRATA.md lists what was wrong. Goodfellow et al. 2014 (arXiv 1406.2661), Algorithm 1.
+
+Repairs that show here: the discriminator returns logits, not probabilities (001-E4, 002-E4); the
+generator returns images and the discriminator flattens them, so D(G(z)) composes (002-E3).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.losses import discriminator_loss, generator_loss_nonsaturating
+
+DOCUMENT_001 = (128, 256, 512)
+DOCUMENT_002 = (256, 512, 1024)
+
+
+class Generator(nn.Module):
+    """Noise (B, latent_dim) to images (B, C, H, W) in [-1, 1]."""
+
+    def __init__(
+        self,
+        latent_dim: int = 100,
+        widths: tuple[int, int, int] = DOCUMENT_002,
+        image_size: tuple[int, int] = (28, 28),
+        channels: int = 1,
+    ):
+        super().__init__()
+        self.image_shape = (channels, *image_size)
+        self.fc1 = nn.Linear(latent_dim, widths[0])
+        self.fc2 = nn.Linear(widths[0], widths[1])
+        self.fc3 = nn.Linear(widths[1], widths[2])
+        self.fc4 = nn.Linear(widths[2], math.prod(self.image_shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.relu(self.fc1(z))
+        x = F.relu(self.fc2(x))
+        x = F.relu(self.fc3(x))
+        x = torch.tanh(self.fc4(x))
+        return x.reshape(-1, *self.image_shape)  # (B, C, H, W)
+
+
+class Discriminator(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to logits (B, 1), positive for real. Widths as the generator's."""
+
+    def __init__(
+        self,
+        widths: tuple[int, int, int] = DOCUMENT_002,
+        image_size: tuple[int, int] = (28, 28),
+        channels: int = 1,
+    ):
+        super().__init__()
+        self.fc1 = nn.Linear(channels * math.prod(image_size), widths[2])
+        self.fc2 = nn.Linear(widths[2], widths[1])
+        self.fc3 = nn.Linear(widths[1], widths[0])
+        self.fc4 = nn.Linear(widths[0], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)  # (B, C * H * W)
+        x = F.leaky_relu(self.fc1(x), 0.2)
+        x = F.leaky_relu(self.fc2(x), 0.2)
+        x = F.leaky_relu(self.fc3(x), 0.2)
+        return self.fc4(x)
+
+
+def make_optimizer(module: nn.Module) -> torch.optim.Adam:
+    """Adam with both documents' settings."""
+    return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
+
+
+def train_step(
+    generator: Generator,
+    discriminator: Discriminator,
+    optimizer_g: torch.optim.Optimizer,
+    optimizer_d: torch.optim.Optimizer,
+    real: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One alternating step (Goodfellow Algorithm 1, k = 1) from real (B, C, H, W), noise (B, latent_dim).
+
+    The generator's half sees the same noise and the discriminator just updated. Returns the
+    discriminator's and the generator's loss, each before its own update.
+    """
+    fake = generator(noise)
+    d_loss = discriminator_loss(discriminator(real), discriminator(fake.detach()))
+    optimizer_d.zero_grad()
+    d_loss.backward()
+    optimizer_d.step()
+
+    g_loss = generator_loss_nonsaturating(discriminator(fake))
+    optimizer_g.zero_grad()
+    g_loss.backward(inputs=list(generator.parameters()))  # no gradients for the discriminator here
+    optimizer_g.step()
+    return d_loss.detach(), g_loss.detach()
