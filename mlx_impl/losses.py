@@ -5,8 +5,11 @@ Sources
     paragraph of section 3. Documents 001 and 002 write the cross-entropy with LogSoftmax over an
     axis of length one, which is zero everywhere; ERRATA.md 001-E6 and 002-E5 tell the repair.
 
-All losses return the mean over the batch, a scalar. Logits and probabilities are (B, 1) unless said.
+All losses return the mean over the batch, a scalar. Logits and probabilities are (B, 1) unless said
+otherwise.
 """
+
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +31,9 @@ def _bce_elements(probabilities: mx.array, targets: mx.array) -> mx.array:
 
 
 @_bce_elements.vjp
-def _bce_elements_vjp(primals, cotangent, _output):
+def _bce_elements_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _output: mx.array
+) -> tuple[mx.array, mx.array]:
     # MLX clips the logarithm but not its derivative, so autodiff gives 0 * inf = NaN at p = 0 and
     # p = 1 (a sigmoid reaches 1 at logit 17.5 in float32). This is PyTorch's derivative instead.
     p, y = primals
@@ -44,11 +49,15 @@ def bce_from_probabilities(probabilities: mx.array, targets: mx.array) -> mx.arr
     ``(p - y) / max(p (1 - p), 1e-12)`` is finite even at 0 and 1, where
     ``nn.losses.binary_cross_entropy(with_logits=False)`` has NaN. Prefer :func:`bce_with_logits`.
     """
-    return _bce_elements(probabilities, targets).mean()
+    # MLX's stub says that a custom function returns object.
+    return cast(mx.array, _bce_elements(probabilities, targets)).mean()
 
 
 def discriminator_loss(real_logits: mx.array, fake_logits: mx.array) -> mx.array:
-    """``-E log D(x) - E log(1 - D(G(z)))``, the negative of Goodfellow Eq. 1, from logits (B, 1)."""
+    """``-E log D(x) - E log(1 - D(G(z)))`` from logits (B, 1): the negative of Goodfellow Eq. 1.
+
+    2 log 2 at chance, where every logit is 0.
+    """
     real = bce_with_logits(real_logits, mx.ones_like(real_logits))
     fake = bce_with_logits(fake_logits, mx.zeros_like(fake_logits))
     return real + fake
@@ -71,7 +80,7 @@ def generator_loss_minimax(fake_logits: mx.array) -> mx.array:
 
 
 def two_logit_loss(logits: mx.array, labels: mx.array) -> mx.array:
-    """Cross-entropy of a discriminator with two logits (B, 2) against labels (B,), 0 fake or 1 real.
+    """Cross-entropy of two logits (B, 2), fake and real, against labels (B,), 0 fake or 1 real.
 
     What documents 001 and 002 reach for with LogSoftmax. It is the same loss as one logit:
     ``log_softmax([0, l]) = [log(1 - sigmoid(l)), log(sigmoid(l))]``.

@@ -46,7 +46,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, H, W, C) in [-1, 1] to logits (B, 1), positive for real. Widths as the generator's."""
+    """Images (B, H, W, C) in [-1, 1] to logits (B, 1), positive for real.
+
+    ``widths`` are the generator's, narrow to wide; the discriminator goes through them in reverse.
+    """
 
     def __init__(
         self,
@@ -83,10 +86,10 @@ def train_step(
     real: mx.array,
     noise: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """One alternating step (Goodfellow Algorithm 1, k = 1) from real (B, H, W, C), noise (B, latent_dim).
+    """One alternating step on real (B, H, W, C) and noise (B, latent_dim).
 
-    The generator's half sees the same noise and the discriminator just updated. Returns the
-    discriminator's and the generator's loss, each before its own update.
+    Goodfellow Algorithm 1, k = 1. The generator's half sees the same noise and the discriminator
+    just updated. Returns the discriminator's and the generator's loss, each before its own update.
     """
 
     def d_loss_fn(discriminator: Discriminator) -> mx.array:

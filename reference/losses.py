@@ -5,7 +5,8 @@ Sources
     paragraph of section 3. Documents 001 and 002 write the cross-entropy with LogSoftmax over an
     axis of length one, which is zero everywhere; ERRATA.md 001-E6 and 002-E5 tell the repair.
 
-All losses return the mean over the batch, a scalar. Logits and probabilities are (B, 1) unless said.
+All losses return the mean over the batch, a scalar. Logits and probabilities are (B, 1) unless said
+otherwise.
 """
 
 import torch
@@ -31,7 +32,10 @@ def bce_from_probabilities(probabilities: Tensor, targets: Tensor) -> Tensor:
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """``-E log D(x) - E log(1 - D(G(z)))``, the negative of Goodfellow Eq. 1, from logits (B, 1)."""
+    """``-E log D(x) - E log(1 - D(G(z)))`` from logits (B, 1): the negative of Goodfellow Eq. 1.
+
+    2 log 2 at chance, where every logit is 0.
+    """
     real = bce_with_logits(real_logits, torch.ones_like(real_logits))
     fake = bce_with_logits(fake_logits, torch.zeros_like(fake_logits))
     return real + fake
@@ -54,7 +58,7 @@ def generator_loss_minimax(fake_logits: Tensor) -> Tensor:
 
 
 def two_logit_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of a discriminator with two logits (B, 2) against labels (B,), 0 fake or 1 real.
+    """Cross-entropy of two logits (B, 2), fake and real, against labels (B,), 0 fake or 1 real.
 
     What documents 001 and 002 reach for with LogSoftmax. It is the same loss as one logit:
     ``log_softmax([0, l]) = [log(1 - sigmoid(l)), log(sigmoid(l))]``.
