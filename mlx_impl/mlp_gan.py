@@ -14,7 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from mlx_impl.layers import Linear
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
+from mlx_impl.optimizers import Adam
 
 DOCUMENT_001 = (128, 256, 512)
 DOCUMENT_002 = (256, 512, 1024)
@@ -32,10 +34,10 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.image_shape = (*image_size, channels)
-        self.fc1 = nn.Linear(latent_dim, widths[0])
-        self.fc2 = nn.Linear(widths[0], widths[1])
-        self.fc3 = nn.Linear(widths[1], widths[2])
-        self.fc4 = nn.Linear(widths[2], math.prod(self.image_shape))
+        self.fc1 = Linear(latent_dim, widths[0])
+        self.fc2 = Linear(widths[0], widths[1])
+        self.fc3 = Linear(widths[1], widths[2])
+        self.fc4 = Linear(widths[2], math.prod(self.image_shape))
 
     def __call__(self, z: mx.array) -> mx.array:
         x = nn.relu(self.fc1(z))
@@ -58,10 +60,10 @@ class Discriminator(nn.Module):
         channels: int = 1,
     ):
         super().__init__()
-        self.fc1 = nn.Linear(channels * math.prod(image_size), widths[2])
-        self.fc2 = nn.Linear(widths[2], widths[1])
-        self.fc3 = nn.Linear(widths[1], widths[0])
-        self.fc4 = nn.Linear(widths[0], 1)
+        self.fc1 = Linear(channels * math.prod(image_size), widths[2])
+        self.fc2 = Linear(widths[2], widths[1])
+        self.fc3 = Linear(widths[1], widths[0])
+        self.fc4 = Linear(widths[0], 1)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x.flatten(1)  # (B, H * W * C)
@@ -71,9 +73,9 @@ class Discriminator(nn.Module):
         return self.fc4(x)
 
 
-def make_optimizer(module: nn.Module) -> optim.Adam:
-    """Adam with both documents' settings and PyTorch's bias correction, which MLX leaves off."""
-    optimizer = optim.Adam(learning_rate=2e-4, betas=[0.5, 0.999], bias_correction=True)
+def make_optimizer(module: nn.Module) -> Adam:
+    """Adam with both documents' settings."""
+    optimizer = Adam(learning_rate=2e-4, betas=(0.5, 0.999))
     optimizer.init(module.trainable_parameters())  # before a compiled step captures its state
     return optimizer
 

@@ -1,0 +1,23 @@
+"""Layers that compute what MLX's do and lay their results out for speed."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, faster to train with on the CPU: (..., in) to (..., out), same parameters.
+
+    ``x @ weight.T`` makes the gradient of the weight come out as a transposed view of ``x.T @ dy``.
+    Adam's kernel must then walk each gradient, moment and weight with strides, which costs three
+    times what reading them in order does. Multiplied as ``weight @ x.T`` instead, the gradient is
+    ``dy.T @ x``, in the weight's own order, and the forward product reads the weight in order too.
+    The result is a transposed view, (out, batch) in memory, which is the order the next layer's
+    product wants. A GPU does not mind strides, so there, and for other ranks, MLX's own form runs.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if x.ndim != 2 or mx.default_device().type != mx.DeviceType.cpu:
+            return super().__call__(x)
+        if "bias" in self:
+            return mx.addmm(self.bias[:, None], self.weight, x.T).T
+        return (self.weight @ x.T).T
