@@ -35,7 +35,7 @@ def _bce_elements_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _output: mx.array
 ) -> tuple[mx.array, mx.array]:
     # MLX clips the logarithm but not its derivative, so autodiff gives 0 * inf = NaN at p = 0 and
-    # p = 1 (a sigmoid rounds to 1 from logit 17.33 on in float32). This is PyTorch's derivative instead.
+    # p = 1 (in float32 a sigmoid is 1 from logit 17.33 on). This is PyTorch's derivative instead.
     p, y = primals
     d_p = (p - y) / mx.maximum(p * (1 - p), 1e-12)
     d_y = mx.maximum(mx.log(1 - p), -100.0) - mx.maximum(mx.log(p), -100.0)
