@@ -1,0 +1,48 @@
+"""Hold an MLX port against its PyTorch original: forward, loss, gradients, training, compiled."""
+
+from mlx_parity._backend import require_mlx
+
+require_mlx()
+
+from mlx_parity import card  # noqa: E402
+from mlx_parity.carry import Plan, carry, channels_first, channels_last, match  # noqa: E402
+from mlx_parity.case import Case, Loss, System  # noqa: E402
+from mlx_parity.equality import Finding, bound, compare, jitter  # noqa: E402
+from mlx_parity.errors import (  # noqa: E402
+    CannotCompile,
+    CarryError,
+    EmptyBatchError,
+    NotFiniteError,
+    NotProven,
+    ParityError,
+)
+from mlx_parity.ladder import RUNGS, Climb, Proof, Row, climb, compiles, prove  # noqa: E402
+
+__all__ = [
+    "RUNGS",
+    "CannotCompile",
+    "CarryError",
+    "Case",
+    "Climb",
+    "EmptyBatchError",
+    "Finding",
+    "Loss",
+    "NotFiniteError",
+    "NotProven",
+    "ParityError",
+    "Plan",
+    "Proof",
+    "Row",
+    "System",
+    "bound",
+    "card",
+    "carry",
+    "channels_first",
+    "channels_last",
+    "climb",
+    "compare",
+    "compiles",
+    "jitter",
+    "match",
+    "prove",
+]

@@ -1,0 +1,63 @@
+"""What is held against what: a case draws shapes, builds both sides, and draws the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from hypothesis.strategies import SearchStrategy
+
+Shape = Mapping[str, Any]
+"""A drawn shape by name, for instance ``{"batch": 3, "image_size": (5, 7)}``."""
+
+Side = Literal["documented", "canonical"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar of the inputs, and the names of the modules that minimise it."""
+
+    function: Callable[..., Any]
+    of: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class System:
+    """One side of a case: the same Python builds it from PyTorch's modules or from MLX's.
+
+    ``forward`` maps the inputs, by keyword, to named outputs; ``losses`` are functions of the same
+    inputs. ``step(*modules, *optimizers, *inputs)`` is one training step; it returns its losses in
+    the order of ``losses`` and leaves modules and optimizers updated.
+    """
+
+    modules: Mapping[str, Any] = field(default_factory=dict)
+    forward: Callable[..., Mapping[str, Any]] | None = None
+    losses: Mapping[str, Loss] = field(default_factory=dict)
+    optimizers: Mapping[str, Any] = field(default_factory=dict)
+    """By the name of the module that they update, in the order in which ``step`` takes them."""
+    step: Callable[..., Sequence[Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a loss or a whole training system, on both sides.
+
+    ``build(library, shape)`` makes a :class:`System` from ``reference`` or from ``port``, whatever
+    these are (modules with equal names, usually). ``inputs(shape, rng)`` draws named arrays in the
+    reference's layout; those named in ``images``, inputs or outputs, are (N, C, *spatial) there and
+    (N, *spatial, C) in MLX. ``carry`` gives each module's options for :func:`mlx_parity.match`.
+    """
+
+    name: str
+    side: Side
+    shapes: SearchStrategy[Shape]
+    build: Callable[[Any, Shape], System]
+    reference: Any
+    port: Any
+    inputs: Callable[[Shape, np.random.Generator], dict[str, np.ndarray]]
+    images: frozenset[str] = frozenset()
+    carry: Callable[[Shape], Mapping[str, Mapping[str, Any]]] = lambda shape: {}
+    compile_step: Callable[..., Callable[..., Any]] | None = None
+    """The port's own ``compile_step(step, *stateful)``, held in the compiled rung."""

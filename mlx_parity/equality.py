@@ -1,0 +1,297 @@
+"""The test of equality: bias against noise, and no tolerance.
+
+A port in float32 never equals its original digit for digit: both round. But rounding errors at
+different points are nearly independent and as often up as down, so they average out over points; a
+wrong formula is wrong in the same direction at all of them and does not. So every case is evaluated
+at K nearby points (each input and parameter times ``1 + 1e-3 normal``, rounded to float32, the same
+numbers for both sides), and the differences from the float64 oracle
+
+    d_k = port(point_k) - oracle(point_k)
+
+are split per tensor into their mean ``m`` and standard deviation ``s`` over the points:
+
+bias    ``t = |m| / (|s| / sqrt(K))``: the mean difference in units of its own standard error. About
+        1 for a correct port, whatever the conditioning, the backend or the dtype.
+noise   ``|s(port)| / |s(PyTorch in float32)|``: how much rougher the port's arithmetic is.
+
+The bound on t.  If rounding errors are symmetric, ``d_k`` may be replaced by ``±d_k`` with random
+signs, and Pinelis' inequality for sums of such vectors in a Hilbert space (Pinelis 1994, Annals of
+Probability 22, Theorem 3.5) gives
+
+    P(|sum d_k|^2 >= r^2 sum |d_k|^2) <= 2 exp(-r^2 / 2)
+
+for tensors of every size, however their elements depend on one another and whatever the errors'
+distribution. Solved for t, a false-alarm rate ``alpha`` needs
+
+    t > r sqrt((K - 1) / (K - r^2)),    r^2 = 2 log(2 / alpha) < K.
+
+With K = 128 and alpha = 1e-12 that is 10.0, so a million tensors raise a false alarm with
+probability 1e-6. A fault in a few elements of a large tensor hides in the norm, so each element is
+tested in the same way at ``alpha / size``.
+
+Elementary functions are not symmetric: an erf that is one unit high in the last place is so at all
+nearby points. What counts as a difference is therefore also a matter of size: ``m`` must exceed
+``FLOOR`` times PyTorch's own float32 error there (root mean square over the points, and at least
+one unit in the last place of the value). Measured on MLX 0.32.4's CPU functions and small networks
+of them, correct ones reach 2.1 of these units, at t up to 37. The bias reported is the smaller of t
+and of ``bound |m| / (FLOOR |error|)``, so that one number decides: different above the bound.
+
+Cost.  Eight points decide nearly every tensor. Those that look suspicious are drawn afresh at 32
+and again at 128 points, and only there can they be called different.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Tensors = Mapping[str, np.ndarray]
+"""Named arrays: a point (float32 inputs and parameters) or what was computed there (float64)."""
+
+STAGES = (8, 32, 128)
+"""Points per stage. A tensor goes on to the next stage only if it looks suspicious."""
+
+ALPHA = 1e-12
+"""False-alarm rate of one tensor at the last stage: 1e-6 over a run of a million tensors."""
+
+SCREEN = 1e-3
+"""Rate at which a correct tensor is drawn again with more points: it costs only time."""
+
+FLOOR = 3.0
+"""A difference below this many times PyTorch's own float32 error is called equal."""
+
+ELEMENT_FLOOR = 4.0
+"""How many times further a single element must be off, elements being many and functions uneven."""
+
+BEYOND_DOUBT = 100.0
+"""How many times over the bound a difference is believed at once: t > 540 at 8 points, and hundreds
+of PyTorch's own errors, are no accident of rounding, and the later stages would only cost time."""
+
+JITTER = 1e-3
+"""Relative distance between the points: far in units of rounding, near for everything else."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the test of equality found for one tensor."""
+
+    tensor: str
+    verdict: Literal["equal", "different", "not finite", "shape"]
+    bias: float
+    """The smaller of t and of what the size of the difference allows: different above ``bound``."""
+    bound: float
+    """What t had to exceed, with the points of the last stage reached."""
+    noise: float
+    relative_error: float
+    """Root-mean-square difference from the oracle, relative to the oracle."""
+    visible: float
+    """The smallest difference, relative to the tensor, that would have been seen."""
+    points: int
+    size: int
+    worst: tuple[int, ...] | None = None
+    """The element that differs most, where the elements decided."""
+    detail: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict == "equal"
+
+    def __str__(self) -> str:
+        if self.detail:
+            return f"{self.tensor}: {self.verdict}: {self.detail}"
+        text = (
+            f"{self.tensor}: {self.verdict}, bias {self.bias:.3g} (bound {self.bound:.3g} at "
+            f"{self.points} points), noise {self.noise:.2g}, relative error "
+            f"{self.relative_error:.2g}"
+        )
+        if self.worst is not None:
+            text += f", worst at {list(self.worst)}"
+        if self.ok:
+            text += f"; a relative difference of {self.visible:.1g} would have been seen"
+        return text
+
+
+def bound(points: int, alpha: float = ALPHA) -> float:
+    """The t that a correct tensor exceeds with probability at most ``alpha``.
+
+    Infinite where there are too few points for such an ``alpha``.
+
+    Holds for every size and every symmetric distribution of the errors (Pinelis 1994).
+    """
+    r2 = 2 * math.log(2 / alpha)
+    return math.inf if points <= r2 else math.sqrt(r2 * (points - 1) / (points - r2))
+
+
+def jitter(
+    point: Tensors, rng: np.random.Generator, scale: float = JITTER
+) -> dict[str, np.ndarray]:
+    """A nearby point: floating arrays times ``1 + scale * normal`` in float32; others unchanged."""
+    near = {}
+    for name, array in point.items():
+        if np.issubdtype(array.dtype, np.floating):
+            factor = 1 + scale * rng.standard_normal(array.shape)
+            near[name] = (array * factor).astype(np.float32)
+        else:
+            near[name] = array
+    return near
+
+
+class _Sums:
+    """First and second moments of one tensor's differences over the points seen so far."""
+
+    def __init__(self, oracle: np.ndarray):
+        self.shape = oracle.shape
+        self.count = 0
+        self.port = np.zeros(oracle.shape)
+        self.port2 = np.zeros(oracle.shape)
+        self.ref = np.zeros(oracle.shape)
+        self.ref2 = np.zeros(oracle.shape)
+        self.value2 = np.zeros(oracle.shape)
+
+    def add(self, oracle: np.ndarray, reference: np.ndarray, port: np.ndarray) -> None:
+        d, r = port - oracle, reference - oracle
+        self.count += 1
+        self.port += d
+        self.port2 += d * d
+        self.ref += r
+        self.ref2 += r * r
+        self.value2 += oracle * oracle
+
+
+def _spread(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
+    return np.sqrt(np.maximum(squares - total * total / count, 0.0) / (count - 1))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else (0.0 if a == 0 else math.inf)
+
+
+def _judge(name: str, sums: _Sums, t_bound: float, element_bound: float, floor: float) -> Finding:
+    count, root = sums.count, math.sqrt(sums.count)
+    mean = sums.port / count
+    spread = _spread(sums.port, sums.port2, count)
+    spread_ref = _spread(sums.ref, sums.ref2, count)
+    value = np.sqrt(sums.value2 / count)
+    ulp = np.spacing(value.astype(np.float32)).astype(np.float64)
+    own = np.sqrt(sums.ref2 / count + ulp * ulp)  # PyTorch's own float32 error, per element
+
+    m, deviation, rounding, v = (float(np.linalg.norm(a)) for a in (mean, spread, own, value))
+    bias = min(_ratio(m * root, deviation), t_bound * _ratio(m, floor * rounding))
+    different = bias > t_bound
+
+    worst = None
+    if not different and mean.size > 1:
+        rough = np.hypot(own, np.spacing(np.float32(v / math.sqrt(mean.size))))
+        excess = np.abs(mean) * root - element_bound * spread
+        excess = np.where(np.abs(mean) > ELEMENT_FLOOR * floor * rough, excess, -np.inf)
+        at = int(np.argmax(excess))
+        if excess.flat[at] > 0:
+            different = True
+            worst = tuple(int(i) for i in np.unravel_index(at, mean.shape))
+
+    return Finding(
+        tensor=name,
+        verdict="different" if different else "equal",
+        bias=bias,
+        bound=t_bound,
+        noise=_ratio(
+            deviation, max(float(np.linalg.norm(spread_ref)), float(np.linalg.norm(ulp)) / 12**0.5)
+        ),
+        relative_error=_relative(math.sqrt(float(sums.port2.sum()) / count), v),
+        visible=_relative(max(t_bound * deviation / root, floor * rounding), v),
+        points=count,
+        size=mean.size,
+        worst=worst,
+    )
+
+
+def _relative(size: float, value: float) -> float:
+    """``size`` relative to ``value``; 0 where the oracle is zero throughout and all would show."""
+    return size / value if value > 0 else 0.0
+
+
+def compare(
+    oracle: Callable[[Tensors], Tensors],
+    reference: Callable[[Tensors], Tensors],
+    port: Callable[[Tensors], Tensors],
+    draw: Callable[[], Tensors],
+    *,
+    stages: Iterable[int] = STAGES,
+    alpha: float = ALPHA,
+    floor: float = FLOOR,
+) -> list[Finding]:
+    """Hold ``port`` against ``oracle`` at points from ``draw``; one finding per named tensor.
+
+    ``oracle`` is the reference in float64, ``reference`` the same in float32 (it only measures how
+    much rounding is usual). All three map a point to named tensors of equal names and shapes.
+    Raises ``ValueError`` where the oracle itself is not finite: then the point is no test.
+    """
+    stages = tuple(stages)
+    findings: dict[str, Finding] = {}
+    pending: set[str] | None = None  # None: every tensor
+    for stage, points in enumerate(stages):
+        last = stage == len(stages) - 1
+        sums: dict[str, _Sums] = {}
+        for _ in range(points):
+            point = draw()
+            right, usual, ported = oracle(point), reference(point), port(point)
+            broken = _broken(right, ported)
+            if broken:
+                return broken
+            for name in right if pending is None else pending:
+                if name not in sums:
+                    sums[name] = _Sums(right[name])
+                sums[name].add(right[name], usual[name], ported[name])
+        pending = set()
+        for name, moments in sums.items():
+            if last:
+                t_bound, element_bound = (
+                    bound(points, alpha),
+                    bound(points, alpha / moments.port.size),
+                )
+            else:
+                t_bound = float(stats.t.isf(SCREEN / 2, points - 1))
+                element_bound = float(stats.t.isf(SCREEN / 2 / moments.port.size, points - 1))
+            finding = _judge(name, moments, t_bound, element_bound, floor)
+            findings[name] = finding
+            if not finding.ok and finding.bias < BEYOND_DOUBT * finding.bound:
+                pending.add(name)
+        if not pending:
+            break
+    return list(findings.values())
+
+
+def _broken(right: Tensors, ported: Tensors) -> list[Finding]:
+    """Findings that no statistics are needed for: missing tensors, wrong shapes, NaN, infinity."""
+
+    def broken(name: str, verdict: Literal["not finite", "shape"], detail: str) -> Finding:
+        nan = math.nan
+        return Finding(name, verdict, nan, nan, nan, nan, nan, 1, 0, detail=detail)
+
+    found = []
+    for name, array in right.items():
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"the reference itself gives {_first_bad(array)} in {name!r}: look for NaN or "
+                "infinity in the weights or the data before comparing"
+            )
+        if name not in ported:
+            found.append(broken(name, "shape", "the port does not compute it"))
+        elif ported[name].shape != array.shape:
+            detail = f"{list(ported[name].shape)} for the reference's {list(array.shape)}"
+            found.append(broken(name, "shape", detail))
+        elif not np.isfinite(ported[name]).all():
+            found.append(broken(name, "not finite", _first_bad(ported[name])))
+    extra = sorted(set(ported) - set(right))
+    found += [broken(name, "shape", "the reference does not compute it") for name in extra]
+    return found
+
+
+def _first_bad(array: np.ndarray) -> str:
+    at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+    return f"{array[at]} at {list(at)}" if at else str(array[()])

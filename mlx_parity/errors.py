@@ -1,0 +1,25 @@
+"""What the kit raises. Every message names what was wrong and what to do about it."""
+
+
+class ParityError(Exception):
+    """Base of all the kit's own errors."""
+
+
+class CarryError(ParityError):
+    """The weights of one side cannot be carried to the other without guessing."""
+
+
+class NotFiniteError(ParityError):
+    """A weight or an input is NaN or infinite, so nothing computed from it can be compared."""
+
+
+class EmptyBatchError(ParityError):
+    """An input has no elements, for instance a batch of 0."""
+
+
+class NotProven(ParityError, AssertionError):
+    """A rung failed. The message names the tensor, its figures, the shape, and how to repeat it."""
+
+
+class CannotCompile(ParityError):
+    """MLX does not compile on this machine; on Linux it needs g++ at run time."""

@@ -1,0 +1,311 @@
+"""The two sides behind one interface: a point goes in, named float64 arrays come out.
+
+A point maps ``module.tensor`` and input names to float32 arrays in the reference's layout and under
+its names. So do the results, whichever side computed them: the ladder sees no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_parity._backend import require_mlx
+from mlx_parity.carry import (
+    Plan,
+    channels_first,
+    channels_last,
+    flat,
+    match,
+    reference_tensors,
+)
+from mlx_parity.case import Case, Loss, Shape, System
+from mlx_parity.equality import Tensors
+
+require_mlx()
+
+import mlx.core as mx  # noqa: E402
+from mlx.utils import tree_unflatten  # noqa: E402
+
+Results = dict[str, np.ndarray]
+
+OPTIMIZER_STATE = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "v", "square_avg": "v"}
+"""PyTorch's names of an optimizer's moments and MLX's."""
+
+
+def at_step(name: str, step: int) -> str:
+    """The point's name of an input of training step ``step``."""
+    return f"{name}@{step}"
+
+
+class TorchSide:
+    """The reference: in float64 the oracle, in float32 the measure of usual rounding."""
+
+    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype):
+        self.dtype = dtype
+        self.system = case.build(case.reference, shape)
+        for module in self.system.modules.values():
+            module.to(dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every parameter and buffer as ``module.tensor``."""
+        return {
+            f"{m}.{name}": tensor
+            for m, module in self.system.modules.items()
+            for name, tensor in reference_tensors(module).items()
+        }
+
+    def load(self, point: Tensors) -> None:
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(torch.from_numpy(point[name]))
+
+    def _input(self, array: np.ndarray, grad: bool = False) -> torch.Tensor:
+        if not np.issubdtype(array.dtype, np.floating):
+            return torch.from_numpy(array).long()
+        return torch.tensor(array, dtype=self.dtype, requires_grad=grad)
+
+    def derivatives(self, point: Tensors, names: Iterable[str]) -> Results:
+        """Outputs, buffers, losses, and each loss's gradients to its parameters and the inputs."""
+        self.load(point)
+        inputs = {n: self._input(point[n], grad=True) for n in names}
+        found: Results = {}
+        if self.system.forward is not None:
+            for name, value in self.system.forward(**inputs).items():
+                found[f"forward {name}"] = _array(value)
+            for m, module in self.system.modules.items():
+                for name, buffer in reference_tensors(module).items():
+                    if not isinstance(buffer, torch.nn.Parameter):
+                        found[f"forward {m}.{name}"] = _array(buffer)
+        for name, loss in self.system.losses.items():
+            value = loss.function(**inputs)
+            found[f"loss {name}"] = _array(value)
+            wrt = {n: x for n, x in inputs.items() if x.requires_grad}
+            for m in loss.of:
+                parameters = self.system.modules[m].named_parameters()
+                wrt |= {f"{m}.{k}": p for k, p in parameters if p.requires_grad}
+            grads = torch.autograd.grad(value, list(wrt.values()), allow_unused=True)
+            for (n, x), g in zip(wrt.items(), grads, strict=True):
+                found[f"gradients {name}/{n}"] = _array(torch.zeros_like(x) if g is None else g)
+        return found
+
+    def train(self, point: Tensors, names: Sequence[str], steps: int) -> Results:
+        """``steps`` training steps: their losses, the last parameters; the update, if one step."""
+        assert self.system.step is not None
+        self.load(point)
+        modules, optimizers = self.system.modules, self.system.optimizers
+        for optimizer in optimizers.values():
+            optimizer.state.clear()
+        found: Results = {}
+        for i in range(steps):
+            inputs = [self._input(point[at_step(n, i)]) for n in names]
+            losses = self.system.step(*modules.values(), *optimizers.values(), *inputs)
+            for name, loss in zip(self.system.losses, losses, strict=True):
+                found[f"trajectory {name} {i}"] = _array(loss)
+            if steps == 1:
+                found |= self._update(point)
+        for name, tensor in self.tensors().items():
+            found[f"trajectory {name}"] = _array(tensor)
+        return found
+
+    def _update(self, point: Tensors) -> Results:
+        found: Results = {}
+        for name, tensor in self.tensors().items():
+            found[f"update {name}"] = _array(tensor) - point[name]
+        for m, optimizer in self.system.optimizers.items():
+            for name, parameter in self.system.modules[m].named_parameters():
+                for key, state in optimizer.state.get(parameter, {}).items():
+                    if key in OPTIMIZER_STATE and state is not None:
+                        found[f"update {m}.{name} {key}"] = _array(state)
+        return found
+
+
+class MLXSide:
+    """The port."""
+
+    def __init__(self, case: Case, shape: Shape, reference: System):
+        self.images = case.images
+        self.system = case.build(case.port, shape)
+        options = case.carry(shape)
+        self.plans: dict[str, Plan] = {
+            m: match(reference.modules[m], module, **options.get(m, {}))
+            for m, module in self.system.modules.items()
+        }
+        for m, optimizer in self.system.optimizers.items():
+            optimizer.init(self.system.modules[m].trainable_parameters())
+        self.stateful = [*self.system.modules.values(), *self.system.optimizers.values()]
+        self._fresh = {m: flat(o.state) for m, o in self.system.optimizers.items()}
+        self._moments = {m: _moment_names(reference.optimizers[m]) for m in self.system.optimizers}
+
+    def load(self, point: Tensors) -> None:
+        for m, plan in self.plans.items():
+            plan.load({n.removeprefix(f"{m}."): a for n, a in point.items() if _of(m, n)})
+
+    def _input(self, name: str, array: np.ndarray) -> mx.array:
+        return mx.array(channels_last(array) if name in self.images else array)
+
+    def _output(self, name: str, array: mx.array) -> np.ndarray:
+        found = _array(array)
+        return channels_first(found) if name in self.images else found
+
+    def _floating(self, inputs: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        return {n: x for n, x in inputs.items() if mx.issubdtype(x.dtype, mx.floating)}
+
+    def derivatives(
+        self,
+        point: Tensors,
+        names: Iterable[str],
+        transform: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, f: f,
+    ) -> Results:
+        """As :meth:`TorchSide.derivatives`; ``transform(name, f)`` may compile the evaluation."""
+        self.load(point)
+        inputs = {n: self._input(n, point[n]) for n in names}
+        found: Results = {}
+        if self.system.forward is not None:
+            for name, value in self.system.forward(**inputs).items():
+                found[f"forward {name}"] = self._output(name, value)
+            for m, module in self.system.modules.items():
+                arrays = {k: _array(v) for k, v in flat(module.parameters()).items()}
+                parameters = dict(self.plans[m].reference.named_parameters())
+                for name, value in self.plans[m].values(arrays).items():
+                    if name not in parameters:
+                        found[f"forward {m}.{name}"] = value
+        for name, loss in self.system.losses.items():
+            evaluate = transform(name, self._differentiated(loss, inputs))
+            parameters = {m: self.system.modules[m].trainable_parameters() for m in loss.of}
+            value, (of_parameters, of_inputs) = evaluate(parameters, inputs)
+            found[f"loss {name}"] = _array(value)
+            for n, g in of_inputs.items():
+                found[f"gradients {name}/{n}"] = self._output(n, g)
+            for m in loss.of:
+                gradients = {k: _array(g) for k, g in flat(of_parameters[m]).items()}
+                for n, g in self.plans[m].to_reference(gradients).items():
+                    found[f"gradients {name}/{m}.{n}"] = g
+        return found
+
+    def _differentiated(self, loss: Loss, inputs: Mapping[str, mx.array]) -> Callable[..., Any]:
+        """(parameters, inputs) to the loss and its gradients, with no other state."""
+        floating = self._floating(inputs)
+
+        def value(parameters: Any, floats: Any, others: Any) -> mx.array:
+            for m, tree in parameters.items():
+                self.system.modules[m].update(tree)
+            return loss.function(**{n: (floats | others)[n] for n in inputs})
+
+        def evaluate(parameters: Any, inputs: Any) -> Any:
+            floats = {n: inputs[n] for n in floating}
+            others = {n: x for n, x in inputs.items() if n not in floating}
+            argnums = [i for i, tree in enumerate((parameters, floats)) if tree]
+            out, grads = mx.value_and_grad(value, argnums=argnums)(parameters, floats, others)
+            grads = list(grads) if len(argnums) > 1 else [grads]
+            for m, tree in parameters.items():  # the differentiated function left tracers behind
+                self.system.modules[m].update(tree)
+            return out, tuple(grads.pop(0) if i in argnums else {} for i in range(2))
+
+        return evaluate
+
+    def train(
+        self,
+        point: Tensors,
+        names: Sequence[str],
+        steps: int,
+        step: Callable[..., Sequence[mx.array]] | None = None,
+    ) -> Results:
+        """As :meth:`TorchSide.train`; ``step(*inputs)`` may be the compiled one.
+
+        MLX's random state is seeded, so that steps that draw draw alike compiled and not.
+        """
+        assert self.system.step is not None
+        take = step or (lambda *inputs: self.system.step(*self.stateful, *inputs))  # type: ignore[misc]
+        self.load(point)
+        for m, optimizer in self.system.optimizers.items():
+            _restore(optimizer.state, self._fresh[m])
+        mx.random.seed(0)
+        state = [s.state for s in self.stateful]
+        found: Results = {}
+        for i in range(steps):
+            losses = take(*(self._input(n, point[at_step(n, i)]) for n in names))
+            mx.eval(losses, state)
+            for name, loss in zip(self.system.losses, losses, strict=True):
+                found[f"trajectory {name} {i}"] = _array(loss)
+            if steps == 1:
+                found |= self._update(point)
+        for name, tensor in self.tensors().items():
+            found[f"trajectory {name}"] = tensor
+        return found
+
+    def tensors(self) -> Results:
+        """Every parameter and buffer as ``module.tensor``, under the reference's names."""
+        found: Results = {}
+        for m, plan in self.plans.items():
+            arrays = {k: _array(v) for k, v in flat(plan.port.parameters()).items()}
+            found |= {f"{m}.{n}": a for n, a in plan.values(arrays).items()}
+        return found
+
+    def _update(self, point: Tensors) -> Results:
+        found = {f"update {n}": a - point[n] for n, a in self.tensors().items()}
+        for m, optimizer in self.system.optimizers.items():
+            state = flat(optimizer.state)
+            for key in self._moments[m]:
+                ours = OPTIMIZER_STATE[key]
+                arrays = {
+                    k.removesuffix(f".{ours}"): _array(v)
+                    for k, v in state.items()
+                    if k.endswith(f".{ours}")
+                }
+                for n, a in self.plans[m].values(arrays).items():
+                    found[f"update {m}.{n} {key}"] = a
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Modules' weights and optimizers' state as safetensors files in ``folder``."""
+        for m, module in self.system.modules.items():
+            module.save_weights(str(folder / f"{m}.safetensors"))
+        for m, optimizer in self.system.optimizers.items():
+            mx.save_safetensors(str(folder / f"{m}.optimizer.safetensors"), flat(optimizer.state))
+
+    def reload(self, folder: Path) -> None:
+        """What :meth:`save` wrote, into this side's own modules and optimizers."""
+        for m, module in self.system.modules.items():
+            module.load_weights(str(folder / f"{m}.safetensors"), strict=True)
+        for m, optimizer in self.system.optimizers.items():
+            saved = mx.load(str(folder / f"{m}.optimizer.safetensors"))
+            assert isinstance(saved, dict)
+            _restore(optimizer.state, saved)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(torch.float64).cpu().numpy().copy()
+    return np.array(value.astype(mx.float32), dtype=np.float64)
+
+
+def _of(module: str, name: str) -> bool:
+    return name.startswith(f"{module}.")
+
+
+def _restore(tree: Any, flat: Mapping[str, mx.array]) -> None:
+    """Put arrays back into a tree in place: a compiled step holds on to the tree's own dicts."""
+
+    def put(node: Any, new: Any) -> None:
+        for key, value in new.items() if isinstance(new, dict) else enumerate(new):
+            if isinstance(value, dict | list):
+                put(node[key], value)
+            else:
+                node[key] = value
+
+    put(tree, tree_unflatten(list(flat.items())))
+
+
+def _moment_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """The moments that this optimizer will hold, by PyTorch's names."""
+    if isinstance(optimizer, torch.optim.Adam):
+        return ["exp_avg", "exp_avg_sq"]
+    if isinstance(optimizer, torch.optim.RMSprop):
+        return ["square_avg"]
+    if isinstance(optimizer, torch.optim.SGD) and optimizer.defaults.get("momentum"):
+        return ["momentum_buffer"]
+    return []

@@ -1,0 +1,33 @@
+"""The claim of this project: every rung holds for every case, over drawn shapes."""
+
+import pytest
+
+from mlx_parity import Case, climb, compiles, prove
+from mlx_parity.ladder import RUNGS
+from tests.cases import CASES, SYSTEMS
+
+needs_compiler = pytest.mark.skipif(
+    not compiles(), reason="mx.compile compiles nothing here: on Linux it needs g++ at run time"
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_rung_over_drawn_shapes(case: Case):
+    prove(case).assert_ok()
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", SYSTEMS, ids=lambda c: c.name)
+def test_systems_climb_every_rung(case: Case):
+    """No rung is left out unseen: a system has them all, and all its shapes climb each."""
+    proof = prove(case, 2)
+    assert set(proof.rows) == set(RUNGS)
+    assert {row.examples for row in proof.rows.values()} == {2}
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", SYSTEMS, ids=lambda c: c.name)
+def test_at_the_documents_own_size(case: Case):
+    widths = {"001 GAN": (128, 256, 512), "002 GAN": (256, 512, 1024)}[case.name]
+    shape = {"batch": 4, "latent_dim": 100, "widths": widths, "image_size": (28, 28), "channels": 1}
+    climb(case, shape, seed=0).assert_ok()
