@@ -11,6 +11,7 @@ half a unit each; 16 units of the largest number in the sum cover both.
 import copy
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -157,6 +158,42 @@ def run(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess
     )
 
 
+# ERRATA.md itself
+
+
+def entries() -> dict[str, tuple[set[str], str]]:
+    """Each entry's number, with its classes and its text."""
+    text = (REPOSITORY / "ERRATA.md").read_text(encoding="utf-8")
+    parts = re.split(r"^\*\*(R\d+|\d{3}-E\d+)\*\* · ([A-Z, ]+) · ", text, flags=re.MULTILINE)
+    numbers, classes, texts = parts[1::3], parts[2::3], parts[3::3]
+    assert len(set(numbers)) == len(numbers)
+    return {n: (set(c.split(", ")), t) for n, c, t in zip(numbers, classes, texts, strict=True)}
+
+
+def test_errata_lists_every_entry_of_001_and_002():
+    expected = [f"R{i}" for i in range(1, 17)]
+    expected += [f"001-E{i}" for i in range(1, 22)] + [f"002-E{i}" for i in range(1, 21)]
+    assert list(entries()) == expected
+
+
+def test_every_entry_has_its_repair_and_every_wrong_number_its_test():
+    for number, (classes, text) in entries().items():
+        assert "*Repair:*" in text, number
+        assert re.search(r"`\S*test_\w+`", text) or not classes & {
+            "MATH",
+            "SHAPE",
+            "SEM",
+            "TRAP",
+        }, number
+
+
+def test_every_test_that_errata_names_exists():
+    for number, (_, text) in entries().items():
+        for file, name in re.findall(r"`(?:(tests/\w+\.py)::)?(test_\w+)", text):
+            source = (REPOSITORY / (file or "tests/test_errata.py")).read_text(encoding="utf-8")
+            assert f"def {name}(" in source, f"{number} names {name}"
+
+
 # R1 to R13: names and conventions that the documents take from PyTorch
 
 
@@ -169,6 +206,7 @@ class WithForward(nn.Module):
     ("as_documented", "error", "message"),
     [
         pytest.param(lambda: __import__("mlx.optim"), ModuleNotFoundError, "mlx.optim", id="R1"),
+        pytest.param(lambda: exec("from mlx import tensor"), ImportError, "tensor", id="R2"),
         pytest.param(lambda: mx.zeros(2).normal_(), AttributeError, "normal_", id="R2-normal"),
         pytest.param(lambda: mx.zeros(2).fill_(1), AttributeError, "fill_", id="R2-fill"),
         pytest.param(lambda: WithForward()(mx.zeros(2)), TypeError, "not callable", id="R3"),
