@@ -1,0 +1,67 @@
+"""Which machine this is, and what of it decides how fast MLX and PyTorch are."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import torch
+
+from mlx_parity.blas import Blas
+
+
+def backend() -> str:
+    """The back end of MLX's default device: "Metal", "CUDA" or "CPU"."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def torch_device() -> str | None:
+    """PyTorch's device of the same class as MLX's default one; None where PyTorch has none."""
+    if backend() == "CPU":
+        return "cpu"
+    if backend() == "Metal":
+        return "mps" if torch.backends.mps.is_available() else None
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def device() -> str:
+    """For a table: back end and device, for instance "CPU Intel(R) Xeon(R) Processor"."""
+    info = mx.device_info(mx.default_device())
+    return f"{backend()} {info.get('device_name', _chip())}"
+
+
+def _chip() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def identity(blas: Blas) -> dict[str, Any]:
+    """For ``machine_info``: figures from two machines that differ in it are not comparable."""
+    return {
+        "chip": _chip(),
+        "cpus": _cpus(),
+        "mlx_backend": backend(),
+        "mlx_device": device(),
+        "mlx_version": importlib.metadata.version("mlx"),
+        "mlx_blas": str(blas),
+        "mlx_blas_threads": blas.threads,
+        "mlx_tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0",  # MLX's default is on
+        "torch_version": torch.__version__,
+        "torch_device": torch_device(),
+        "torch_threads": torch.get_num_threads(),
+        "torch_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "g++": shutil.which("g++") is not None,
+    }
