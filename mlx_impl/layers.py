@@ -21,3 +21,13 @@ class Linear(nn.Linear):
         if "bias" in self:
             return mx.addmm(self.bias[:, None], self.weight, x.T).T
         return (self.weight @ x.T).T
+
+
+def leaky_relu(x: mx.array, negative_slope: float = 0.01) -> mx.array:
+    """``x`` where positive, else ``negative_slope * x``; any shape, any slope.
+
+    PyTorch's function, at the kink too: the derivative at exactly 0 is ``negative_slope``.
+    ``nn.leaky_relu`` is a maximum of the two, whose derivative at 0 is 1, and which is another
+    function altogether for slopes above 1. Zero biases and a blank image sit on the kink.
+    """
+    return mx.where(x > 0, x, negative_slope * x)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_impl.layers import Linear
+from mlx_impl.layers import Linear, leaky_relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
 
@@ -67,9 +67,9 @@ class Discriminator(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x.flatten(1)  # (B, H * W * C)
-        x = nn.leaky_relu(self.fc1(x), 0.2)
-        x = nn.leaky_relu(self.fc2(x), 0.2)
-        x = nn.leaky_relu(self.fc3(x), 0.2)
+        x = leaky_relu(self.fc1(x), 0.2)
+        x = leaky_relu(self.fc2(x), 0.2)
+        x = leaky_relu(self.fc3(x), 0.2)
         return self.fc4(x)
 
 

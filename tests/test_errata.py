@@ -426,14 +426,7 @@ def test_leaky_relu_agrees_everywhere_else(x):
     assert slope == pytest.approx(float(expected), abs=EPS)
 
 
-@pytest.mark.parametrize(
-    "side",
-    [
-        TORCH,
-        pytest.param(MLX, marks=pytest.mark.xfail(strict=True, reason="still MLX's leaky ReLU")),
-    ],
-    ids=lambda side: side.name,
-)
+@pytest.mark.parametrize("side", [TORCH, MLX], ids=lambda side: side.name)
 def test_discriminator_has_pytorchs_gradient_at_an_exact_zero(side):
     """A black picture, weights of 1 and no biases put every unit of every layer on the kink."""
     _, discriminator = small_gan(side)
