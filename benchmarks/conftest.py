@@ -18,6 +18,7 @@ from mlx_impl.data import load_images
 from mlx_parity.blas import use_openblas
 
 REPORTS = Path("reports")
+BUSY = 0.1  # cores' worth of other processes beyond which the report warns
 _rounds = pytest.StashKey[dict[tuple[str, str], dict[str, Any]]]()
 
 
@@ -83,6 +84,7 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
     def keep(system: str, arm: str, seconds: list[float], info: dict[str, Any]) -> None:
         kept = request.config.stash[_rounds].setdefault((system, arm), {"seconds": [], **info})
         kept["seconds"] += seconds
+        kept["others_cpu"] = max(kept.get("others_cpu", 0.0), info.get("others_cpu", 0.0))
 
     return keep
 
@@ -145,7 +147,6 @@ def _table(rows: list[dict[str, Any]], batch_size: int) -> Table:
     shown = {k: v for k, v in columns.items() if any(row[v[0]] is not None for row in rows)}
     table = Table(
         title=f"A training step, batch {batch_size}: above 1x, compiled MLX is faster",
-        padding=(0, 0),
     )
     table.add_column("system")
     for column in shown:
@@ -178,6 +179,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"{identity['torch_threads']} threads",
         highlight=False,
     )
-    for complaint in config.stash[_complaints]:
+    complaints = list(config.stash[_complaints])
+    others = max(info.get("others_cpu", 0.0) for info in rounds.values())
+    if others > BUSY:
+        complaints.append(
+            f"other processes took up to {others:.1f} cores while a block was timed: "
+            "repeat this on an idle machine before believing a ratio"
+        )
+    for complaint in complaints:
         console.print(f"warning: {complaint}", style="bold red", highlight=False)
     console.print(f"{REPORTS}/bench.json, and every round under {REPORTS}/benchmarks/")

@@ -65,3 +65,20 @@ def identity(blas: Blas) -> dict[str, Any]:
         "torch_tf32": torch.backends.cuda.matmul.allow_tf32,
         "g++": shutil.which("g++") is not None,
     }
+
+
+def others_cpu_seconds() -> float | None:
+    """CPU seconds that other processes have used since the start; None where that is not told.
+
+    Two threads that wait for one another lose far more than the share of a core that another
+    process takes, so a busy machine turns ratios around instead of only adding to both sides.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(
+        int, stat.read_text().splitlines()[0].split()[1:]
+    )
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return busy - own.user - own.system

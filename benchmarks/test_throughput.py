@@ -7,6 +7,7 @@ them; the table takes the median over all rounds. Every round starts from the sa
 """
 
 import math
+import time
 from collections.abc import Callable
 from itertools import product
 
@@ -15,9 +16,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import contenders, systems
+from benchmarks import contenders, machine, systems
 from benchmarks.contenders import ARMS, Contender
-from benchmarks.machine import torch_device
 from mlx_parity import Case
 
 BATCHES = 4
@@ -67,7 +67,7 @@ def test_train_step(
 ) -> None:
     if benchmark.disabled:
         pytest.skip("a timing: ask for it with --benchmark-enable")
-    if arm.startswith("torch") and torch_device() is None:
+    if arm.startswith("torch") and machine.torch_device() is None:
         pytest.skip("PyTorch has no device of the class that MLX runs on")
     if why := systems.parity_gate(case.name, 2 if quick else 5):
         pytest.fail(f"{case.name} is not timed, its port is not proven:\n{why}", pytrace=False)
@@ -83,7 +83,11 @@ def test_train_step(
             contender.step(i)
 
     benchmark.group = f"{case.name}: {steps} steps"
+    others, start = machine.others_cpu_seconds(), time.perf_counter()
     benchmark.pedantic(train, (contender,), setup=contender.restore, rounds=rounds, warmup_rounds=1)
+    if others is not None:
+        taken = (machine.others_cpu_seconds() or 0) - others
+        contender.info["others_cpu"] = max(0.0, taken) / (time.perf_counter() - start)
     seconds = [t / steps for t in benchmark.stats.stats.data]
     per_second = 1 / float(np.median(seconds))
     benchmark.extra_info |= contender.info | {
