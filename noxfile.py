@@ -81,7 +81,7 @@ def tests(session: nox.Session) -> None:
     """Every check, 200 drawn shapes each (HYPOTHESIS_PROFILE=dev for 20, nightly for 2,000)."""
     run(
         session,
-        *("pytest", "-n", "auto", "--dist", "worksteal", *session.posargs),
+        *("pytest", "-n", "auto", "--maxschedchunk", "1", *session.posargs),
         HYPOTHESIS_PROFILE="ci",
         OMP_NUM_THREADS="1",
     )
@@ -95,6 +95,7 @@ def parity(session: nox.Session) -> None:
         *("tests.parity_card", *session.posargs),
         HYPOTHESIS_PROFILE="ci",
         OMP_NUM_THREADS="1",
+        OPENBLAS_NUM_THREADS="1",
     )
 
 

@@ -15,6 +15,7 @@ from mlx_parity.errors import (  # noqa: E402
     NotFiniteError,
     NotProven,
     ParityError,
+    TF32Error,
 )
 from mlx_parity.ladder import RUNGS, Climb, Proof, Row, climb, compiles, prove  # noqa: E402
 
@@ -34,6 +35,7 @@ __all__ = [
     "Proof",
     "Row",
     "System",
+    "TF32Error",
     "bound",
     "card",
     "carry",

@@ -22,8 +22,8 @@ def device() -> str:
     return "Metal" if mx.metal.is_available() else "CUDA"
 
 
-def rows(proofs: Iterable[Proof]) -> list[dict[str, Any]]:
-    """The card as plain data. Structure and reloaded are exact: their bias and noise are 0."""
+def rows(proofs: Iterable[Proof], **also: Any) -> list[dict[str, Any]]:
+    """The card as plain data, ``also`` in each row. Structure and reloaded are exact: bias 0."""
     where = device()
     return [
         {
@@ -38,19 +38,21 @@ def rows(proofs: Iterable[Proof]) -> list[dict[str, Any]]:
             "device": where,
             "visible": row.visible,
             "shape": dict(row.shape),
+            "seed": row.seed,
             "decidable_steps": row.decidable_steps,
             "message": row.message,
+            **also,
         }
         for proof in proofs
         for row in proof.rows.values()
     ]
 
 
-def write(proofs: Iterable[Proof], path: Path) -> None:
+def write(proofs: Iterable[Proof], path: Path, **also: Any) -> None:
     """Write the rows as JSON; an interrupted run leaves the file of the run before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rows(proofs), indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(rows(proofs, **also), indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -91,7 +93,7 @@ def _cell(row: Row) -> Text:
         return Text("FAILS", style="bold red")
     if row.bound == 0:
         return Text("=", style="green")
-    return Text(f"{row.bias / row.bound:.2f}", style="green")
+    return Text(f"{row.share:.2f}", style="green")
 
 
 def _worst(proof: Proof) -> Row | None:
@@ -99,7 +101,7 @@ def _worst(proof: Proof) -> Row | None:
     judged = [row for row in proof.rows.values() if row.bound]
     if failed:
         return failed[0]
-    return max(judged, key=lambda row: row.bias / row.bound, default=None)
+    return max(judged, key=lambda row: row.share, default=None)
 
 
 def describe(row: Row) -> str:

@@ -61,3 +61,5 @@ class Case:
     carry: Callable[[Shape], Mapping[str, Mapping[str, Any]]] = lambda shape: {}
     compile_step: Callable[..., Callable[..., Any]] | None = None
     """The port's own ``compile_step(step, *stateful)``, held in the compiled rung."""
+    full_size: Shape = field(default_factory=dict)
+    """The shape of real use, but for its batch: what a benchmark times."""

@@ -23,3 +23,7 @@ class NotProven(ParityError, AssertionError):
 
 class CannotCompile(ParityError):
     """MLX does not compile on this machine; on Linux it needs g++ at run time."""
+
+
+class TF32Error(ParityError):
+    """Numbers are to be compared where MLX may round products to 10 bits."""

@@ -8,6 +8,7 @@ drawn, outside the examples.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import torch
 from hypothesis import Phase, Verbosity, given, settings
@@ -30,6 +32,7 @@ from mlx_parity.errors import (
     EmptyBatchError,
     NotFiniteError,
     NotProven,
+    TF32Error,
 )
 from mlx_parity.sides import MLXSide, Results, TorchSide, at_step
 
@@ -138,10 +141,21 @@ def check_inputs(case: Case, inputs: Mapping[str, np.ndarray]) -> dict[str, np.n
     return checked
 
 
+def check_precision() -> None:
+    """Refuse a GPU that may multiply with 10-bit mantissas: MLX's default on CUDA and M5."""
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    if on_gpu and os.environ.get("MLX_ENABLE_TF32") != "0":
+        raise TF32Error(
+            "MLX may multiply in TF32 on this GPU, which is no float32: set MLX_ENABLE_TF32=0 in "
+            "the environment before mlx is imported"
+        )
+
+
 class Climb:
     """One case at one drawn shape."""
 
     def __init__(self, case: Case, shape: Shape, seed: int):
+        check_precision()
         self.case, self.shape, self.seed = case, shape, seed
         self.rng = np.random.default_rng(seed)
         self.oracle = TorchSide(case, shape, torch.float64)
@@ -319,6 +333,8 @@ class Row:
     examples: int = 0
     shape: Shape = field(default_factory=dict)
     """The shape that showed the worst bias, or the smallest that failed."""
+    seed: int = 0
+    """Of the values drawn at that shape."""
     message: str = ""
     decidable_steps: int | None = None
 
@@ -327,17 +343,35 @@ class Row:
         """The median over the shapes of the noisiest tensor's noise; 0 where nothing is rounded."""
         return float(np.median(self.noises)) if self.noises else 0.0
 
-    def add(self, rung: Rung, shape: Shape) -> None:
+    def merge(self, other: Row) -> None:
+        """Take in the same rung's row over other shapes."""
+        self.examples += other.examples
+        self.noises += other.noises
+        self.visible = max(self.visible, other.visible)
+        steps = [s for s in (self.decidable_steps, other.decidable_steps) if s is not None]
+        self.decidable_steps = min(steps, default=None)
+        if (not other.ok, other.share) > (not self.ok, self.share):
+            self.ok, self.message = other.ok, other.message
+            self.shape, self.seed = other.shape, other.seed
+            self.bias, self.bound = other.bias, other.bound
+
+    @property
+    def share(self) -> float:
+        """The bias as a share of its bound."""
+        return self.bias / self.bound if self.bound else 0.0
+
+    def add(self, rung: Rung, shape: Shape, seed: int) -> None:
         worst = rung.worst
         self.examples += 1
         if not rung.ok:
-            self.ok, self.shape = False, shape
+            self.ok, self.shape, self.seed = False, shape, seed
             self.message = "; ".join(str(part) for part in (rung.message, worst) if part)
         if worst is None:
             return
-        ratio = worst.bias / worst.bound if worst.bound else 0.0
-        if not rung.ok or (self.ok and ratio >= (self.bias / self.bound if self.bound else 0.0)):
-            self.bias, self.bound, self.shape = worst.bias, worst.bound, shape
+        share = worst.bias / worst.bound if worst.bound else 0.0
+        if not rung.ok or (self.ok and share >= self.share):
+            self.bias, self.bound = worst.bias, worst.bound
+            self.shape, self.seed = shape, seed
         self.noises.append(max(f.noise for f in rung.findings))
         self.visible = max([self.visible, *(f.visible for f in rung.findings)])
         if rung.decidable_steps is not None:
@@ -352,22 +386,29 @@ class Proof:
 
     case: Case
     rows: dict[str, Row] = field(default_factory=dict)
-    seed: int | None = None
 
     @property
     def ok(self) -> bool:
         return bool(self.rows) and all(row.ok for row in self.rows.values())
 
-    def add(self, rungs: Iterable[Rung], shape: Shape) -> None:
+    def add(self, rungs: Iterable[Rung], shape: Shape, seed: int) -> None:
         for rung in rungs:
             row = self.rows.setdefault(rung.name, Row(self.case.name, self.case.side, rung.name))
-            row.add(rung, shape)
+            row.add(rung, shape, seed)
+
+    def merge(self, other: Proof) -> None:
+        """Take in a proof of the same case over other shapes."""
+        for name, row in other.rows.items():
+            if name in self.rows:
+                self.rows[name].merge(row)
+            else:
+                self.rows[name] = row
 
     def failures(self) -> list[str]:
         """What failed, with the shape and the lines that repeat it."""
         return [
             f"{row.model}: {row.rung} fails at {dict(row.shape)}\n  {row.message}\n"
-            f"  repeat it with mlx_parity.climb(case, {dict(row.shape)}, seed={self.seed})"
+            f"  repeat it with mlx_parity.climb(case, {dict(row.shape)}, seed={row.seed})"
             for row in self.rows.values()
             if not row.ok
         ]
@@ -380,12 +421,12 @@ class Proof:
 
 def climb(case: Case, shape: Shape, seed: int, *, compiled: bool = True) -> Proof:
     """Climb the whole ladder at one given shape."""
-    proof = Proof(case, seed=seed)
-    proof.add(Climb(case, shape, seed).run(), shape)
+    proof = Proof(case)
+    proof.add(Climb(case, shape, seed).run(), shape, seed)
     if proof.ok and compiled:
         if not compiles():
             raise CannotCompile("MLX does not compile here: install g++, which it runs")
-        proof.add([Climb(case, shape, seed).compiled()], shape)
+        proof.add([Climb(case, shape, seed).compiled()], shape, seed)
     return proof
 
 
@@ -393,6 +434,7 @@ def prove(
     case: Case,
     examples: int | None = None,
     *,
+    seed: int | None = None,
     shrink: bool = True,
     compiled: bool | None = None,
     progress: Callable[[], None] = lambda: None,
@@ -400,7 +442,8 @@ def prove(
     """Climb the ladder at drawn shapes, as many as the Hypothesis profile in force says.
 
     A failure is shrunk by Hypothesis to a small shape. The shapes drawn are then compiled for, each
-    once and outside the examples; ``compiled=None`` does so where MLX compiles at all.
+    once and outside the examples; ``compiled=None`` does so where MLX compiles at all. ``seed``
+    fixes the shapes drawn, so that several processes can share the work.
     """
     proof = Proof(case)
     drawn: list[tuple[Shape, int]] = []
@@ -421,38 +464,37 @@ def prove(
 
     @settings(**options)
     @given(case.shapes, st.integers(0, 2**32 - 1))
-    def example(shape: Shape, seed: int) -> None:
+    def example(shape: Shape, values: int) -> None:
         nonlocal stop
-        key = (repr(shape), seed)
+        key = (repr(shape), values)
         if key not in failed:
             if time.monotonic() > stop:
                 return  # what was found so far is small enough
-            rungs = Climb(case, shape, seed).run()
+            rungs = Climb(case, shape, values).run()
             if not all(r.ok for r in rungs):
-                failed[key] = rungs, shape, seed
+                failed[key] = rungs, shape, values
                 stop = min(stop, time.monotonic() + SHRINK_SECONDS)
         if key in failed:
             failed[key] = failed.pop(key)  # Hypothesis ends on the smallest: keep it last
             raise NotProven(failed[key][0][-1].name)
         if not failed:
-            proof.add(rungs, shape)
-            drawn.append((shape, seed))
+            proof.add(rungs, shape, values)
+            drawn.append((shape, values))
             progress()
 
     try:
-        example()
+        (example if seed is None else hypothesis.seed(seed)(example))()
     except NotProven:
-        rungs, shape, proof.seed = list(failed.values())[-1]
-        proof.add(rungs, shape)
+        rungs, shape, values = list(failed.values())[-1]
+        proof.add(rungs, shape, values)
         return proof
 
     if compiles() if compiled is None else compiled:
-        for shape, seed in sorted(drawn, key=lambda d: _size(d[0])):
-            rung = Climb(case, shape, seed).compiled()
-            proof.add([rung], shape)
+        for shape, values in sorted(drawn, key=lambda d: _size(d[0])):
+            rung = Climb(case, shape, values).compiled()
+            proof.add([rung], shape, values)
             progress()
             if not rung.ok:
-                proof.seed = seed
                 break
     return proof
 

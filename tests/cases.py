@@ -93,6 +93,7 @@ def mlp_gan_case(document: str, widths: tuple[int, int, int]) -> Case:
         images=frozenset({"real", "fake"}),
         carry=_mlp_gan_carry,
         compile_step=compile_step,
+        full_size={"latent_dim": 100, "widths": widths, "image_size": (28, 28), "channels": 1},
     )
 
 

@@ -5,6 +5,7 @@ import os
 os.environ["MLX_ENABLE_TF32"] = "0"  # 10-bit mantissas on CUDA and M5 otherwise
 os.environ["MLX_ENABLE_CACHE_THRASHING_CHECK"] = "0"  # drawn shapes miss CUDA's graph cache
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -21,3 +22,8 @@ for name, examples in PROFILES.items():
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 torch.set_num_threads(1)  # the drawn tensors are tiny, and tests run one process per core
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole ladder first: it takes minutes, and two processes should share it."""
+    items.sort(key=lambda item: "test_every_rung" not in item.name)

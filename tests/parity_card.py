@@ -8,28 +8,38 @@ import argparse
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
 import tests.conftest  # noqa: F401  before mlx: TF32 and the profiles
 
+import mlx.core as mx  # isort: skip
 from hypothesis import settings  # isort: skip
 from rich.console import Console  # isort: skip
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # isort: skip
 
 from mlx_parity import Proof, card, prove  # isort: skip
+from mlx_parity.blas import use_openblas  # isort: skip
 from tests.cases import CASES  # isort: skip
 
 REPORT = Path("reports/parity.json")
 
 
-def climb(name: str, examples: int, ticks: Any) -> Proof:
-    """One case in a process of its own."""
+SHARD = 50
+"""Shapes that one process takes at a time."""
+
+
+def climb(name: str, examples: int, seed: int | None, device: str, ticks: Any) -> Proof:
+    """A share of one case's shapes, in a process of its own."""
+    if device:
+        mx.set_default_device(getattr(mx, device))
+    use_openblas()
     case = next(c for c in CASES if c.name == name)
-    proof = prove(case, examples, progress=lambda: ticks.put(name))
-    return Proof(case=_Named(case.name, case.side), rows=proof.rows, seed=proof.seed)  # type: ignore[arg-type]
+    proof = prove(case, examples, seed=seed, progress=lambda: ticks.put(name))
+    return Proof(case=_Named(case.name, case.side), rows=proof.rows)  # type: ignore[arg-type]
 
 
 class _Named:
@@ -39,11 +49,17 @@ class _Named:
         self.name, self.side = name, side
 
 
+def _seed(shard: int) -> int | None:
+    """The same shapes in each run where the profile says so, otherwise new ones."""
+    return shard if settings().derandomize else None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nox -s parity --", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="only the cases whose name contains one of these")
     parser.add_argument("--examples", type=int, default=settings().max_examples)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="", help="not MLX's default")
     options = parser.parse_args(argv)
     names = [c.name for c in CASES]
     if options.names:
@@ -67,7 +83,12 @@ def main(argv: list[str] | None = None) -> int:
     ):
         ticks = manager.Queue()
         bars = {n: progress.add_task(n, total=2 * options.examples) for n in names}
-        futures = {pool.submit(climb, n, options.examples, ticks): n for n in names}
+        shards = [min(SHARD, options.examples - i) for i in range(0, options.examples, SHARD)]
+        futures = {
+            pool.submit(climb, n, size, _seed(i), options.device, ticks): n
+            for n in names
+            for i, size in enumerate(shards)
+        }
         waiting = set(futures)
         while waiting:
             try:
@@ -75,12 +96,18 @@ def main(argv: list[str] | None = None) -> int:
             except Empty:
                 for future in [f for f in waiting if f.done()]:
                     waiting.remove(future)
-        for future in as_completed(futures):
-            proofs[futures[future]] = future.result()
+                    proof, name = future.result(), futures[future]
+                    if name in proofs:
+                        proofs[name].merge(proof)
+                    else:
+                        proofs[name] = proof
     ordered = [proofs[n] for n in names]
+    if options.device:
+        mx.set_default_device(getattr(mx, options.device))
     card.show(ordered, console)
-    card.write(ordered, REPORT)
-    console.print(f"written to {REPORT}")
+    blas = str(use_openblas())
+    card.write(ordered, REPORT, profile=os.environ.get("HYPOTHESIS_PROFILE", "dev"), mlx_blas=blas)
+    console.print(f"MLX {version('mlx')} ({blas}), PyTorch {version('torch')}; {REPORT}")
     return 0 if all(p.ok for p in ordered) else 1
 
 

@@ -28,6 +28,7 @@ from mlx_parity import (
     NotFiniteError,
     NotProven,
     System,
+    TF32Error,
     climb,
     compiles,
     ladder,
@@ -344,6 +345,13 @@ def test_a_port_of_another_shape_is_named():
 
     proof = climb(mutant(DISCRIMINATOR, Discriminator=Flat), SHAPE, 0)
     assert "forward output: shape: [3] for the reference's [3, 1]" in proof.failures()[0]
+
+
+def test_tf32_is_refused_where_it_could_be_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ladder.mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.delenv("MLX_ENABLE_TF32")
+    with pytest.raises(TF32Error, match="MLX_ENABLE_TF32=0"):
+        climb(DISCRIMINATOR, SHAPE, 0)
 
 
 def test_without_a_compiler_climb_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -1,19 +1,25 @@
 """The claim of this project: every rung holds for every case, over drawn shapes."""
 
 import pytest
+from hypothesis import settings
 
 from mlx_parity import Case, climb, compiles, prove
 from mlx_parity.ladder import RUNGS
 from tests.cases import CASES, SYSTEMS
+
+SHARES = 4
 
 needs_compiler = pytest.mark.skipif(
     not compiles(), reason="mx.compile compiles nothing here: on Linux it needs g++ at run time"
 )
 
 
+@pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_every_rung_over_drawn_shapes(case: Case):
-    prove(case).assert_ok()
+def test_every_rung_over_drawn_shapes(case: Case, share: int):
+    """The profile's number of shapes in four shares, which processes can take side by side."""
+    seed = share if settings().derandomize else None
+    prove(case, settings().max_examples // SHARES, seed=seed).assert_ok()
 
 
 @needs_compiler
@@ -28,6 +34,4 @@ def test_systems_climb_every_rung(case: Case):
 @needs_compiler
 @pytest.mark.parametrize("case", SYSTEMS, ids=lambda c: c.name)
 def test_at_the_documents_own_size(case: Case):
-    widths = {"001 GAN": (128, 256, 512), "002 GAN": (256, 512, 1024)}[case.name]
-    shape = {"batch": 4, "latent_dim": 100, "widths": widths, "image_size": (28, 28), "channels": 1}
-    climb(case, shape, seed=0).assert_ok()
+    climb(case, {**case.full_size, "batch": 4}, seed=0).assert_ok()
