@@ -1,7 +1,7 @@
 """Options, machine identity, and the report: one table, ``reports/bench.json``, the raw rounds."""
 
+import argparse
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,10 +31,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError("must be at least 1")
-    return value
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a batch of {text}: it must hold 1 image or more")
+    return int(text)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
@@ -74,7 +73,10 @@ def batch_size(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def images(request: pytest.FixtureRequest) -> np.ndarray:
-    return load_images(request.config.getoption("--data"), image_size=(28, 28))
+    try:
+        return load_images(request.config.getoption("--data"), image_size=(28, 28))
+    except (ImportError, OSError, ValueError) as error:
+        pytest.exit(f"--data: {error}", returncode=pytest.ExitCode.USAGE_ERROR)
 
 
 @pytest.fixture
@@ -164,7 +166,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     batch_size = config.getoption("--batch-size")
     rows = summarise(rounds, batch_size, machine.device())
     REPORTS.mkdir(exist_ok=True)
-    (REPORTS / "bench.json").write_text(json.dumps(rows, indent=2) + os.linesep)
+    partial = REPORTS / "bench.partial"  # an interrupted run leaves the file of the run before
+    partial.write_text(json.dumps(rows, indent=2) + "\n")
+    partial.replace(REPORTS / "bench.json")
 
     console = Console(
         file=terminalreporter._tw._file, width=max(100, terminalreporter._tw.fullwidth)

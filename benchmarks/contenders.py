@@ -16,6 +16,8 @@ from benchmarks import systems
 from benchmarks.machine import torch_device
 from mlx_impl.training import compile_step
 from mlx_parity import Case
+from mlx_parity.carry import flat
+from mlx_parity.sides import restore_tree
 
 ARMS = ("mlx-uncompiled", "mlx-compiled", "torch-eager", "torch-compile")
 WARM_STEPS = 2
@@ -104,13 +106,13 @@ def _enter_mlx(case: Case, batches: list[dict[str, np.ndarray]], *, compiled: bo
         info["traces"] = traces
 
     saved = [tree_map(lambda a: a, m.parameters()) for m in modules]
-    saved_optimizers = [tree_map(lambda a: a, o.state) for o in optimizers]
+    saved_optimizers = [flat(o.state) for o in optimizers]
 
     def restore() -> None:
         for module, parameters in zip(modules, saved, strict=True):
             module.update(parameters)
         for optimizer, before in zip(optimizers, saved_optimizers, strict=True):
-            _write(optimizer.state, before)
+            restore_tree(optimizer.state, before)
 
     return Contender(one, restore, info)
 
@@ -172,15 +174,6 @@ def _first_call(one: Callable[[int], Any]) -> float:
 
 def _batch_size(batches: list[dict[str, np.ndarray]]) -> int:
     return len(next(iter(batches[0].values())))
-
-
-def _write(into: Any, values: Any) -> None:
-    """Put a tree's leaves back into the containers that a compiled step has captured."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, dict | list):
-            _write(into[key], value)
-        else:
-            into[key] = value
 
 
 def _clone(tree: Any) -> Any:

@@ -11,13 +11,7 @@ import mlx.core as mx
 import torch
 
 from mlx_parity.blas import Blas
-
-
-def backend() -> str:
-    """The back end of MLX's default device: "Metal", "CUDA" or "CPU"."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        return "CPU"
-    return "Metal" if mx.metal.is_available() else "CUDA"
+from mlx_parity.card import device as backend
 
 
 def torch_device() -> str | None:

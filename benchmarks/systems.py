@@ -12,19 +12,11 @@ import mlx.core as mx
 import numpy as np
 import torch
 
-import mlx_impl.mlp_gan
 from mlx_parity import Case
 from mlx_parity.blas import use_openblas
 from tests import cases
 
 Side = Literal["mlx", "torch"]
-
-_FULLY_CONNECTED = {"latent_dim": 100, "image_size": (28, 28), "channels": 1}
-SHAPES: dict[str, dict[str, Any]] = {
-    "001 GAN": {**_FULLY_CONNECTED, "widths": mlx_impl.mlp_gan.DOCUMENT_001},
-    "002 GAN": {**_FULLY_CONNECTED, "widths": mlx_impl.mlp_gan.DOCUMENT_002},
-}
-"""The shape at which each of ``tests.cases.SYSTEMS`` is timed, but for its batch."""
 
 SYSTEMS: tuple[Case, ...] = cases.SYSTEMS
 
@@ -32,14 +24,14 @@ SYSTEMS: tuple[Case, ...] = cases.SYSTEMS
 def build(case: Case, side: Side, batch_size: int) -> tuple[list[Any], list[Any], Callable]:
     """One side's modules, its optimizers, and ``step(*modules, *optimizers, *inputs)``."""
     library = case.port if side == "mlx" else case.reference
-    system = case.build(library, {**SHAPES[case.name], "batch": batch_size})
+    system = case.build(library, {**case.full_size, "batch": batch_size})
     assert system.step is not None
     return list(system.modules.values()), list(system.optimizers.values()), system.step
 
 
 def inputs(case: Case, images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """The step's inputs in MLX's layout, float32: images (N, H, W, C), and what it draws."""
-    shape = {**SHAPES[case.name], "batch": len(images)}
+    shape = {**case.full_size, "batch": len(images)}
     drawn = case.inputs(shape, np.random.default_rng(seed))
     return {
         name: images if name in case.images else array.astype(np.float32)

@@ -222,7 +222,7 @@ class MLXSide:
         take = step or (lambda *inputs: self.system.step(*self.stateful, *inputs))  # type: ignore[misc]
         self.load(point)
         for m, optimizer in self.system.optimizers.items():
-            _restore(optimizer.state, self._fresh[m])
+            restore_tree(optimizer.state, self._fresh[m])
         mx.random.seed(0)
         state = [s.state for s in self.stateful]
         found: Results = {}
@@ -274,7 +274,7 @@ class MLXSide:
         for m, optimizer in self.system.optimizers.items():
             saved = mx.load(str(folder / f"{m}.optimizer.safetensors"))
             assert isinstance(saved, dict)
-            _restore(optimizer.state, saved)
+            restore_tree(optimizer.state, saved)
 
 
 def _array(value: Any) -> np.ndarray:
@@ -287,7 +287,7 @@ def _of(module: str, name: str) -> bool:
     return name.startswith(f"{module}.")
 
 
-def _restore(tree: Any, flat: Mapping[str, mx.array]) -> None:
+def restore_tree(tree: Any, flat: Mapping[str, mx.array]) -> None:
     """Put arrays back into a tree in place: a compiled step holds on to the tree's own dicts."""
 
     def put(node: Any, new: Any) -> None:

@@ -2,6 +2,7 @@
 benchmarks iterate over. A new model is one entry in ``CASES``.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,11 @@ from tests import strategies
 
 Rng = np.random.Generator
 Arrays = dict[str, np.ndarray]
+
+
+def seed(case: Case, share: int) -> int:
+    """Of one share of a case's shapes: the same in every run, another for each case."""
+    return zlib.crc32(f"{case.name} {share}".encode())
 
 
 def normal(rng: Rng, *shape: int) -> np.ndarray:

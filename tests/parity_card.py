@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlx_parity import Proof, card, prove  # isort: skip
 from mlx_parity.blas import use_openblas  # isort: skip
-from tests.cases import CASES  # isort: skip
+from tests.cases import CASES, seed  # isort: skip
 
 REPORT = Path("reports/parity.json")
 
@@ -32,13 +32,14 @@ SHARD = 50
 """Shapes that one process takes at a time."""
 
 
-def climb(name: str, examples: int, seed: int | None, device: str, ticks: Any) -> Proof:
+def climb(name: str, examples: int, share: int, device: str, ticks: Any) -> Proof:
     """A share of one case's shapes, in a process of its own."""
     if device:
         mx.set_default_device(getattr(mx, device))
     use_openblas()
     case = next(c for c in CASES if c.name == name)
-    proof = prove(case, examples, seed=seed, progress=lambda: ticks.put(name))
+    fixed = seed(case, share) if settings().derandomize else None
+    proof = prove(case, examples, seed=fixed, progress=lambda: ticks.put(name))
     return Proof(case=_Named(case.name, case.side), rows=proof.rows)  # type: ignore[arg-type]
 
 
@@ -47,11 +48,6 @@ class _Named:
 
     def __init__(self, name: str, side: str):
         self.name, self.side = name, side
-
-
-def _seed(shard: int) -> int | None:
-    """The same shapes in each run where the profile says so, otherwise new ones."""
-    return shard if settings().derandomize else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         bars = {n: progress.add_task(n, total=2 * options.examples) for n in names}
         shards = [min(SHARD, options.examples - i) for i in range(0, options.examples, SHARD)]
         futures = {
-            pool.submit(climb, n, size, _seed(i), options.device, ticks): n
+            pool.submit(climb, n, size, i, options.device, ticks): n
             for n in names
             for i, size in enumerate(shards)
         }

@@ -5,7 +5,7 @@ from hypothesis import settings
 
 from mlx_parity import Case, climb, compiles, prove
 from mlx_parity.ladder import RUNGS
-from tests.cases import CASES, SYSTEMS
+from tests.cases import CASES, SYSTEMS, seed
 
 SHARES = 4
 
@@ -18,8 +18,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_every_rung_over_drawn_shapes(case: Case, share: int):
     """The profile's number of shapes in four shares, which processes can take side by side."""
-    seed = share if settings().derandomize else None
-    prove(case, settings().max_examples // SHARES, seed=seed).assert_ok()
+    fixed = seed(case, share) if settings().derandomize else None
+    prove(case, settings().max_examples // SHARES, seed=fixed).assert_ok()
 
 
 @needs_compiler
