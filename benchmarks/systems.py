@@ -76,8 +76,8 @@ def parity_gate(name: str, examples: int) -> str:
 
 
 def _climb(name: str, examples: int) -> None:
-    """The gate's process. Raises :class:`mlx_parity.ladder.NotProven`."""
-    from mlx_parity.ladder import prove
+    """The gate's process. Raises :class:`mlx_parity.NotProven`."""
+    from mlx_parity import prove
 
     use_openblas()
     (case,) = (case for case in SYSTEMS if case.name == name)

@@ -17,7 +17,8 @@ from mlx_parity.errors import (  # noqa: E402
     ParityError,
     TF32Error,
 )
-from mlx_parity.ladder import RUNGS, Climb, Proof, Row, climb, compiles, prove  # noqa: E402
+from mlx_parity.ladder import RUNGS, Climb, compiles  # noqa: E402
+from mlx_parity.proof import Proof, Row, climb, prove  # noqa: E402
 
 __all__ = [
     "RUNGS",

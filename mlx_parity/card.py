@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_parity.ladder import RUNGS, Proof, Row
+from mlx_parity.ladder import RUNGS
+from mlx_parity.proof import Proof, Row
 
 
 def device() -> str:

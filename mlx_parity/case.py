@@ -51,12 +51,13 @@ class Case:
     """
 
     name: str
-    side: Side
     shapes: SearchStrategy[Shape]
     build: Callable[[Any, Shape], System]
     reference: Any
     port: Any
     inputs: Callable[[Shape, np.random.Generator], dict[str, np.ndarray]]
+    side: Side | None = None
+    """As a document writes it, repaired, or as the field does it; for the card only."""
     images: frozenset[str] = frozenset()
     carry: Callable[[Shape], Mapping[str, Mapping[str, Any]]] = lambda shape: {}
     compile_step: Callable[..., Callable[..., Any]] | None = None

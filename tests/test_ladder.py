@@ -32,6 +32,7 @@ from mlx_parity import (
     climb,
     compiles,
     ladder,
+    proof,
     prove,
 )
 from mlx_parity.ladder import Climb
@@ -355,7 +356,7 @@ def test_tf32_is_refused_where_it_could_be_on(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_a_compiler_climb_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ladder, "compiles", lambda: False)
+    monkeypatch.setattr(proof, "compiles", lambda: False)
     with pytest.raises(CannotCompile, match=r"install g\+\+"):
         climb(DISCRIMINATOR, SHAPE, 0)
     assert "compiled" not in prove(DISCRIMINATOR, 2).rows
@@ -399,7 +400,6 @@ def conv_case(make_port: Callable[[], mnn.Module]) -> Case:
 
     return Case(
         name="convolutions",
-        side="canonical",
         shapes=st.fixed_dictionaries({"batch": st.integers(2, 3), "height": st.integers(4, 6)}),
         build=build,
         reference=TorchNet,
