@@ -26,19 +26,25 @@ class Adam(optim.Adam):
     ):
         super().__init__(learning_rate, list(betas), eps, bias_correction)
         self._log_betas = mx.array([math.log(beta) if beta else -math.inf for beta in betas])
+        self._corrected_at: mx.array | None = None
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """The new parameter, of its shape; the moments ``m`` and ``v`` are renewed in ``state``."""
         if not self.bias_correction:
             return super().apply_single(gradient, parameter, state)
         b1, b2 = self.betas
-        # 1 - b^t without cancellation. Indexing a vector of two, unlike arithmetic on scalars, is
-        # not fused into the kernel over the elements, which so reads two numbers that are ready.
-        correction = -mx.expm1(self.step.astype(mx.float32) * self._log_betas)
-        scale_m = mx.reciprocal(correction)[0].astype(gradient.dtype)
-        scale_v = mx.rsqrt(correction)[1].astype(gradient.dtype)
-        step_size = self.learning_rate.astype(gradient.dtype) * scale_m
-
+        step_size, scale_v = (a.astype(gradient.dtype) for a in self._corrected())
         state["m"] = b1 * state["m"] + (1 - b1) * gradient
         state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
         return parameter - step_size * state["m"] / (mx.sqrt(state["v"]) * scale_v + self.eps)
+
+    def _corrected(self) -> tuple[mx.array, mx.array]:
+        """``lr / (1 - b1^t)`` and ``1 / sqrt(1 - b2^t)``, once for all parameters of an update."""
+        if self._corrected_at is not self.step:
+            # 1 - b^t without cancellation. Indexing a vector of two, unlike arithmetic on scalars,
+            # is not fused into the kernel over the elements, which so reads numbers that are ready.
+            correction = -mx.expm1(self.step.astype(mx.float32) * self._log_betas)
+            step_size = self.learning_rate * mx.reciprocal(correction)[0]
+            self._corrections = step_size, mx.rsqrt(correction)[1]
+            self._corrected_at = self.step
+        return self._corrections

@@ -47,8 +47,8 @@ RUNGS = (
 STEPS = 20
 """Training steps of a trajectory."""
 
-COMPILED_STEPS = 3
-"""Training steps of the compiled rung: enough for a frozen input or state to show."""
+COMPILED_STEPS = 2
+"""Training steps of the compiled rung: what is frozen at the first shows in the second."""
 
 
 @dataclass(frozen=True)
