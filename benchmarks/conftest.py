@@ -159,6 +159,13 @@ def _table(rows: list[dict[str, Any]], batch_size: int) -> Table:
     return table
 
 
+def _tf32(identity: dict[str, Any]) -> str:
+    """A CPU has no TF32, whatever the setting."""
+    if identity["mlx_backend"] == "CPU":
+        return ""
+    return f", TF32 {'on' if identity['mlx_tf32'] else 'off'}"
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rounds = config.stash[_rounds]
     if not rounds:
@@ -178,7 +185,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     identity = machine.identity(config.stash[_blas])
     console.print(
         f"{identity['mlx_device']}, {identity['cpus']} CPUs; MLX {identity['mlx_version']}, "
-        f"BLAS {identity['mlx_blas']}, TF32 {'on' if identity['mlx_tf32'] else 'off'}; "
+        f"BLAS {identity['mlx_blas']}{_tf32(identity)}; "
         f"PyTorch {identity['torch_version']} on {identity['torch_device']}, "
         f"{identity['torch_threads']} threads",
         highlight=False,

@@ -149,8 +149,8 @@ def torch_leaky(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     ("theirs", "right", "wrong", "found"),
     [
         (torch_leaky, leaky(0.2), leaky(0.20001), 1.0),
-        (torch_batch_norm, batch_norm(1e-5), batch_norm(1.2e-5), 0.8),
-        (torch_batch_norm, batch_norm(1e-5), batch_norm(1.05e-5), 0.1),
+        (torch_batch_norm, batch_norm(1e-5), batch_norm(1.2e-5), 1.0),
+        (torch_batch_norm, batch_norm(1e-5), batch_norm(1.05e-5), 0.9),
         (
             lambda x, w: F.gelu(x @ w),
             lambda x, w: mnn.gelu(x @ w),
