@@ -78,7 +78,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """Every check, 200 drawn shapes each (HYPOTHESIS_PROFILE=dev for 20, nightly for 2,000)."""
+    """Every check, over drawn shapes (HYPOTHESIS_PROFILE: dev, ci as here, or nightly)."""
     run(
         session,
         *("pytest", "-n", "auto", "--maxschedchunk", "1", *session.posargs),
@@ -89,7 +89,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def parity(session: nox.Session) -> None:
-    """The parity card: each model and loss, each rung; also reports/parity.json."""
+    """The parity card: each model, loss and rung at 200 drawn shapes; reports/parity.json."""
     run(
         session,
         *("tests.parity_card", *session.posargs),

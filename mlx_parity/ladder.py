@@ -249,30 +249,38 @@ class Climb:
 
             return traced
 
+        try:
+            findings = self._compiled(counted)
+        except RuntimeError as error:  # MLX, of state that is not among inputs and outputs
+            return Rung("compiled", False, message=f"MLX cannot run it: {error}")
+        retraced = [f"{name} was traced {n} times" for name, n in traces.items() if n != 1]
+        ok = not retraced and all(f.ok for f in findings)
+        return Rung("compiled", ok, tuple(findings), "; ".join(retraced))
+
+    def _compiled(
+        self, counted: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+    ) -> list[Finding]:
+        """The compiled step, or the compiled derivatives where there is no step."""
         if self.port.system.step is not None and self.case.compile_step is not None:
             step = counted("step", self.port.system.step)
             compiled_step = self.case.compile_step(step, *self.port.stateful)
-            findings = self._compare(
+            return self._compare(
                 lambda p: self.oracle.train(p, self.names, COMPILED_STEPS),
                 lambda p: self.port.train(p, self.names, COMPILED_STEPS),
                 lambda p: self.port.train(p, self.names, COMPILED_STEPS, compiled_step),
             )
-        else:
-            made: dict[str, Callable[..., Any]] = {}
+        made: dict[str, Callable[..., Any]] = {}
 
-            def transform(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
-                if name not in made:
-                    made[name] = mx.compile(counted(name, f))
-                return made[name]
+        def transform(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+            if name not in made:
+                made[name] = mx.compile(counted(name, f))
+            return made[name]
 
-            findings = self._compare(
-                lambda p: self.oracle.derivatives(p, self.names),
-                lambda p: self.port.derivatives(p, self.names),
-                lambda p: self.port.derivatives(p, self.names, transform),
-            )
-        retraced = [f"{name} was traced {n} times" for name, n in traces.items() if n != 1]
-        ok = not retraced and all(f.ok for f in findings)
-        return Rung("compiled", ok, tuple(findings), "; ".join(retraced))
+        return self._compare(
+            lambda p: self.oracle.derivatives(p, self.names),
+            lambda p: self.port.derivatives(p, self.names),
+            lambda p: self.port.derivatives(p, self.names, transform),
+        )
 
     def _compare(self, oracle: Any, usual: Any, port: Any) -> list[Finding]:
         return compare(oracle, usual, port, lambda: jitter(self.point, self.rng))

@@ -39,7 +39,7 @@ def randomise(module: tnn.Module, seed: int) -> None:
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
 
 
-def agree(theirs: torch.Tensor, ours: mx.array, terms: int) -> None:
+def assert_agree(theirs: torch.Tensor, ours: mx.array, terms: int) -> None:
     """Equal up to the rounding of sums of ``terms`` products of numbers of size 1."""
     right, found = theirs.detach().numpy(), np.array(ours)
     assert right.shape == found.shape
@@ -54,7 +54,7 @@ def test_linear(batch: int, inputs: int, outputs: int, seed: int):
     randomise(theirs, seed)
     carry(theirs, ours)
     x = np.random.default_rng(seed).random((batch, inputs), dtype=np.float32)
-    agree(theirs.layer(torch.from_numpy(x)), ours.layer(mx.array(x)), inputs + 1)
+    assert_agree(theirs.layer(torch.from_numpy(x)), ours.layer(mx.array(x)), inputs + 1)
 
 
 @given(
@@ -72,7 +72,7 @@ def test_conv2d(groups: int, sizes: tuple, kernel: tuple, stride: int, seed: int
     carry(theirs, ours)
     x = np.random.default_rng(seed).random((2, inputs, 5, 7), dtype=np.float32)
     y = np.array(ours.layer(mx.array(channels_last(x))))
-    agree(theirs.layer(torch.from_numpy(x)), mx.array(channels_first(y)), inputs * 16 + 1)
+    assert_agree(theirs.layer(torch.from_numpy(x)), mx.array(channels_first(y)), inputs * 16 + 1)
 
 
 class Grouped(mnn.ConvTranspose2d):
@@ -101,7 +101,7 @@ def test_grouped_conv_transpose2d(groups: int, sizes: tuple, kernel: tuple, seed
     carry(theirs, ours)
     x = np.random.default_rng(seed).random((2, inputs, 3, 4), dtype=np.float32)
     y = np.array(ours.layer(mx.array(channels_last(x))))
-    agree(theirs.layer(torch.from_numpy(x)), mx.array(channels_first(y)), inputs * 16 + 1)
+    assert_agree(theirs.layer(torch.from_numpy(x)), mx.array(channels_first(y)), inputs * 16 + 1)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_layers_of_images(theirs: tnn.Module, ours: mnn.Module, shape: tuple):
     carry(theirs, ours)
     x = np.random.default_rng(0).random(shape, dtype=np.float32)
     y = channels_first(np.array(ours(mx.array(channels_last(x)))))
-    agree(theirs(torch.from_numpy(x)), mx.array(y), 40)
+    assert_agree(theirs(torch.from_numpy(x)), mx.array(y), 40)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_layers_of_vectors(theirs: tnn.Module, ours: mnn.Module):
     randomise(theirs, 0)
     carry(theirs, ours)
     x = np.random.default_rng(0).random((3, 5), dtype=np.float32)
-    agree(theirs(torch.from_numpy(x)), ours(mx.array(x)), 8)
+    assert_agree(theirs(torch.from_numpy(x)), ours(mx.array(x)), 8)
 
 
 def test_embedding():
@@ -167,7 +167,7 @@ def test_recurrent_layers_add_two_biases(theirs: tnn.RNNBase, ours: mnn.Module):
     plan = carry(theirs, ours)
     x = np.random.default_rng(0).random((2, 5, 3), dtype=np.float32)
     y = ours(mx.array(x))
-    agree(theirs(torch.from_numpy(x))[0], y[0] if isinstance(y, tuple) else y, 40)
+    assert_agree(theirs(torch.from_numpy(x))[0], y[0] if isinstance(y, tuple) else y, 40)
 
     theirs(torch.from_numpy(x))[0].sum().backward()
 
@@ -179,7 +179,7 @@ def test_recurrent_layers_add_two_biases(theirs: tnn.RNNBase, ours: mnn.Module):
     flat = dict(tree_flatten(mx.grad(total)(ours.trainable_parameters())))
     gradients = plan.to_reference({k: np.array(v) for k, v in flat.items()})
     for name, parameter in theirs.named_parameters():
-        agree(parameter.grad, mx.array(gradients[name]), 100)
+        assert_agree(parameter.grad, mx.array(gradients[name]), 100)
 
 
 @given(small, small, small, st.integers(0, 9))
@@ -189,7 +189,7 @@ def test_linear_after_a_flatten_and_before_an_unflatten(c: int, h: int, w: int, 
     randomise(theirs, seed)
     carry(Holder(theirs), Port(ours), flatten={"layer": (c, h, w)})
     x = np.random.default_rng(seed).random((3, c, h, w), dtype=np.float32)
-    agree(
+    assert_agree(
         theirs(torch.from_numpy(x).flatten(1)), ours(mx.array(channels_last(x)).flatten(1)), n + 1
     )
 
@@ -198,7 +198,7 @@ def test_linear_after_a_flatten_and_before_an_unflatten(c: int, h: int, w: int, 
     carry(Holder(theirs), Port(ours), unflatten={"layer": (c, h, w)})
     z = np.random.default_rng(seed).random((3, 2), dtype=np.float32)
     y = channels_first(np.array(ours(mx.array(z)).reshape(3, h, w, c)))
-    agree(theirs(torch.from_numpy(z)).reshape(3, c, h, w), mx.array(y), 3)
+    assert_agree(theirs(torch.from_numpy(z)).reshape(3, c, h, w), mx.array(y), 3)
 
 
 @given(st.integers(1, 3), st.tuples(small, small, small, small), st.integers(0, 9))
@@ -218,7 +218,7 @@ def test_sequential_through_its_layers():
     ours = mnn.Sequential(mnn.Linear(2, 3), mnn.ReLU(), mnn.Sequential(mnn.Linear(3, 1)))
     carry(theirs, ours)
     x = np.ones((1, 2), np.float32)
-    agree(theirs(torch.from_numpy(x)), ours(mx.array(x)), 6)
+    assert_agree(theirs(torch.from_numpy(x)), ours(mx.array(x)), 6)
 
 
 def test_num_batches_tracked_has_no_counterpart_and_needs_none():
@@ -235,18 +235,18 @@ def test_names_that_differ_are_renamed():
 # ---------------------------------------------------------------------------------------- refused
 
 
-def refused(theirs: tnn.Module, ours: mnn.Module, message: str, **options: object) -> None:
+def assert_refused(theirs: tnn.Module, ours: mnn.Module, message: str, **options: object) -> None:
     with pytest.raises(CarryError, match=message):
         match(theirs, ours, **options)
 
 
 def test_a_leaf_left_over_on_either_side():
-    refused(
+    assert_refused(
         Holder(tnn.Linear(2, 3)),
         Port(mnn.Linear(2, 3, bias=False)),
         "layer.bias of the reference has no layer.bias in the port",
     )
-    refused(
+    assert_refused(
         Holder(tnn.Linear(2, 3, bias=False)),
         Port(mnn.Linear(2, 3)),
         "layer.bias of the port is left over",
@@ -254,7 +254,7 @@ def test_a_leaf_left_over_on_either_side():
 
 
 def test_a_module_in_a_tuple_is_no_parameter_and_the_message_says_so():
-    refused(
+    assert_refused(
         Holder(tnn.Linear(2, 3)),
         Port((mnn.Linear(2, 3),)),
         "modules held in a tuple are no parameters",
@@ -262,7 +262,7 @@ def test_a_module_in_a_tuple_is_no_parameter_and_the_message_says_so():
 
 
 def test_a_shape_that_does_not_fit():
-    refused(
+    assert_refused(
         Holder(tnn.Linear(2, 3)),
         Port(mnn.Linear(2, 4)),
         r"layer.weight \[3, 2\] becomes \[3, 2\] .* layer.weight of the port is \[4, 2\]",
@@ -280,7 +280,7 @@ class Kernel(mnn.Module):
 def test_a_kernel_whose_shape_cannot_tell_two_layouts_apart():
     """(6, 3, 3, 3) is OIHW and OHWI alike: MLX's own layer decides, another class does not."""
     theirs = Holder(tnn.Conv2d(3, 6, 3, bias=False))
-    refused(theirs, Port(Kernel(6, 3, 3, 3)), "cannot tell two layouts apart.*axes=")
+    assert_refused(theirs, Port(Kernel(6, 3, 3, 3)), "cannot tell two layouts apart.*axes=")
     match(theirs, Port(mnn.Conv2d(3, 6, 3, bias=False)))
     plan = match(theirs, Port(Kernel(6, 3, 3, 3)), axes={"layer.weight": (0, 2, 3, 1)})
     weight = theirs.layer.weight.detach().numpy()
@@ -293,7 +293,7 @@ def test_a_square_parameter_of_no_known_layer():
     theirs.table = tnn.Parameter(torch.ones(4, 4))
     ours = mnn.Module()
     ours.table = mx.ones((4, 4))
-    refused(theirs, ours, "table .* cannot tell two layouts apart")
+    assert_refused(theirs, ours, "table .* cannot tell two layouts apart")
     match(theirs, ours, axes={"table": (1, 0)})
     theirs.table, ours.table = tnn.Parameter(torch.ones(4, 5)), mx.ones((4, 5))
     match(theirs, ours)
@@ -301,17 +301,17 @@ def test_a_square_parameter_of_no_known_layer():
 
 def test_a_flatten_that_does_not_fit_or_names_no_linear():
     theirs, ours = Holder(tnn.Linear(6, 1)), Port(mnn.Linear(6, 1))
-    refused(
+    assert_refused(
         theirs,
         ours,
         "flatten=.* has 8 elements where the Linear has 6",
         flatten={"layer": (2, 2, 2)},
     )
-    refused(theirs, ours, "no Linear called 'fc'", flatten={"fc": (1, 2, 3)})
+    assert_refused(theirs, ours, "no Linear called 'fc'", flatten={"fc": (1, 2, 3)})
 
 
 def test_stacked_recurrent_layers():
-    refused(tnn.LSTM(2, 2, num_layers=2), mnn.LSTM(2, 2), "one layer and one direction")
+    assert_refused(tnn.LSTM(2, 2, num_layers=2), mnn.LSTM(2, 2), "one layer and one direction")
 
 
 def test_nan_in_the_weights():

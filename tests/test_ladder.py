@@ -239,6 +239,7 @@ def retraced(step: Callable[..., Any], *stateful: Any) -> Callable[..., Any]:
     ("wrong", "message"),
     [
         (frozen_noise, r"trajectory \w+ 1: different"),
+        (forgotten_optimizer, r"MLX cannot run it: .*without a primitive"),
         (retraced, r"step was traced \d+ times"),
     ],
     ids=lambda p: getattr(p, "__name__", ""),
