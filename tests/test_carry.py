@@ -222,7 +222,8 @@ def test_sequential_through_its_layers():
 
 
 def test_num_batches_tracked_has_no_counterpart_and_needs_none():
-    carry(tnn.BatchNorm1d(3), mnn.BatchNorm(3))
+    plan = carry(tnn.BatchNorm1d(3), mnn.BatchNorm(3))
+    assert {link.name for link in plan.links} == {"weight", "bias", "running_mean", "running_var"}
 
 
 def test_names_that_differ_are_renamed():
