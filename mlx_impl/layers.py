@@ -31,3 +31,11 @@ def leaky_relu(x: mx.array, negative_slope: float = 0.01) -> mx.array:
     function altogether for slopes above 1. Zero biases and a blank image sit on the kink.
     """
     return mx.where(x > 0, x, negative_slope * x)
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d``: (N, H, W, in) to (N, H', W', out), same arguments and parameters."""
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d``: (N, H, W, in) to (N, H', W', out), same arguments and parameters."""

@@ -62,5 +62,8 @@ class Case:
     carry: Callable[[Shape], Mapping[str, Mapping[str, Any]]] = lambda shape: {}
     compile_step: Callable[..., Callable[..., Any]] | None = None
     """The port's own ``compile_step(step, *stateful)``, held in the compiled rung."""
+    cost: int = 1
+    """How long one shape takes to climb, in units of a small network's. Who shares a budget of
+    shapes among cases divides by it."""
     full_size: Shape = field(default_factory=dict)
     """The shape of real use, but for its batch: what a benchmark times."""

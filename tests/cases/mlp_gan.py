@@ -1,38 +1,18 @@
-"""Every model, loss and training system, on both sides: what tests, the parity card and the
-benchmarks iterate over. A new model is one entry in ``CASES``.
-"""
+"""Documents 001 and 002: the fully connected GAN."""
 
-import zlib
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-import mlx_impl.losses
 import mlx_impl.mlp_gan
-import reference.losses
 import reference.mlp_gan
 from mlx_impl.training import compile_step
 from mlx_parity import Case, Loss, System
 from mlx_parity.case import Shape
 from tests import strategies
-
-Rng = np.random.Generator
-Arrays = dict[str, np.ndarray]
-
-
-def seed(case: Case, share: int) -> int:
-    """Of one share of a case's shapes: the same in every run, another for each case."""
-    return zlib.crc32(f"{case.name} {share}".encode())
-
-
-def normal(rng: Rng, *shape: int) -> np.ndarray:
-    return rng.standard_normal(shape)
-
-
-# ------------------------------------------------------------------- 001 and 002: fully connected
+from tests.cases.common import Rng, normal, projection
 
 
 def _generator(lib: Any, shape: Shape) -> Any:
@@ -103,25 +83,11 @@ def mlp_gan_case(document: str, widths: tuple[int, int, int]) -> Case:
     )
 
 
-def _model(name: str, module: Callable[[Any, Shape], Any]) -> Callable[[Any, Shape], System]:
-    """A network alone; its loss is its output against a drawn cotangent, so no gradient hides."""
-
-    def build(lib: Any, shape: Shape) -> System:
-        m = module(lib, shape)
-        return System(
-            modules={name: m},
-            forward=lambda x, cotangent: {"output": m(x)},
-            losses={"projection": Loss(lambda x, cotangent: (m(x) * cotangent).sum(), (name,))},
-        )
-
-    return build
-
-
 def generator_case(case: Case) -> Case:
     return replace(
         case,
         name=case.name.replace("GAN", "generator"),
-        build=_model("generator", _generator),
+        build=projection("generator", _generator),
         inputs=lambda shape, rng: {
             "x": normal(rng, shape["batch"], shape["latent_dim"]),
             "cotangent": normal(rng, *_image(rng, shape).shape),
@@ -135,7 +101,7 @@ def discriminator_case(case: Case) -> Case:
     return replace(
         case,
         name=case.name.replace("GAN", "discriminator"),
-        build=_model("discriminator", _discriminator),
+        build=projection("discriminator", _discriminator),
         inputs=lambda shape, rng: {
             "x": _image(rng, shape),
             "cotangent": normal(rng, shape["batch"], 1),
@@ -145,62 +111,12 @@ def discriminator_case(case: Case) -> Case:
     )
 
 
-# ------------------------------------------------------------------------------------------ losses
-
-
-def loss_case(name: str, inputs: Callable[[int, Rng], Arrays]) -> Case:
-    """A loss of ``losses.py``, called with ``inputs(batch, rng)``."""
-
-    def build(lib: Any, shape: Shape) -> System:
-        return System(losses={name: Loss(lambda **arrays: getattr(lib, name)(*arrays.values()))})
-
-    return Case(
-        name=name,
-        side="canonical",
-        shapes=strategies.losses,
-        build=build,
-        reference=reference.losses,
-        port=mlx_impl.losses,
-        inputs=lambda shape, rng: inputs(shape["batch"], rng),
-    )
-
-
-def _logits(n: int, rng: Rng) -> np.ndarray:
-    return 4 * normal(rng, n, 1)
-
-
-LOSSES = (
-    loss_case(
-        "bce_with_logits",
-        lambda n, rng: {"logits": _logits(n, rng), "targets": rng.uniform(0.1, 0.9, (n, 1))},
-    ),
-    loss_case(
-        "bce_from_probabilities",
-        lambda n, rng: {
-            "probabilities": rng.uniform(0.02, 0.98, (n, 1)),
-            "targets": rng.uniform(0.1, 0.9, (n, 1)),
-        },
-    ),
-    loss_case(
-        "discriminator_loss",
-        lambda n, rng: {"real_logits": _logits(n, rng), "fake_logits": _logits(n, rng)},
-    ),
-    loss_case("generator_loss_nonsaturating", lambda n, rng: {"fake_logits": _logits(n, rng)}),
-    loss_case("generator_loss_minimax", lambda n, rng: {"fake_logits": _logits(n, rng)}),
-    loss_case(
-        "two_logit_loss",
-        lambda n, rng: {"logits": 4 * normal(rng, n, 2), "labels": rng.integers(0, 2, n)},
-    ),
-)
-
 SYSTEMS = (
     mlp_gan_case("001", reference.mlp_gan.DOCUMENT_001),
     mlp_gan_case("002", reference.mlp_gan.DOCUMENT_002),
 )
-"""The training systems: what the benchmarks time."""
 
 CASES = (
     *SYSTEMS,
     *(make(case) for case in SYSTEMS for make in (generator_case, discriminator_case)),
-    *LOSSES,
 )
