@@ -1,25 +1,36 @@
-"""One training step of one system, in MLX or PyTorch, ready to be called again and again."""
+"""One training step or one sampling of one system, in MLX or PyTorch, to be called again and again.
+
+Compiled and not are two ways to call the same code; the same compiled step is timed twice more, as
+a control (what differs between equal arms is noise) and without waiting for each step.
+"""
 
 import io
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import torch
 from mlx.utils import tree_flatten, tree_map
 
-from benchmarks import systems
 from benchmarks.machine import torch_device
+from benchmarks.systems import Arrays, Subject, run_torch, to_mlx, to_torch
 from mlx_impl.training import compile_step
-from mlx_parity import Case
 from mlx_parity.carry import flat
 from mlx_parity.sides import restore_tree
 
-ARMS = ("mlx-uncompiled", "mlx-compiled", "torch-eager", "torch-compile")
+ARMS = (
+    "mlx-compiled",
+    "mlx-uncompiled",
+    "mlx-control",
+    "mlx-async",
+    "torch-eager",
+    "torch-compile",
+)
+SAME_AS = {"mlx-control": "mlx-compiled", "mlx-async": "mlx-compiled"}
 WARM_STEPS = 2
 
 
@@ -37,12 +48,31 @@ class Contender:
 
     ``step(i)`` trains on batch ``i`` and returns when that is done, ``restore()`` brings back the
     state that the warm-up left: a GAN fed the same few batches for hundreds of steps drifts to
-    where its numbers are denormal and slow.
+    where its numbers are denormal and slow. ``start(i)`` and ``finish()``, where the framework has
+    them, do the same without waiting in between.
     """
 
     step: Callable[[int], Any]
     restore: Callable[[], None]
     info: dict[str, Any] = field(default_factory=dict)
+    start: Callable[[int], Any] | None = None
+    finish: Callable[[], None] = lambda: None
+
+    def run(self, steps: int) -> None:
+        for i in range(steps):
+            self.step(i)
+
+    def without_waiting(self) -> "Contender":
+        """The same work, its steps handed over one after the other and waited for at the end."""
+        assert self.start is not None
+        return _Asynchronous(**vars(replace(self, info={})))
+
+
+class _Asynchronous(Contender):
+    def run(self, steps: int) -> None:
+        for i in range(steps):
+            self.start(i)  # type: ignore[misc]
+        self.finish()
 
 
 def unevaluated(tree: Any) -> list[str]:
@@ -62,23 +92,25 @@ def unevaluated(tree: Any) -> list[str]:
     return names
 
 
-def enter(case: Case, arm: str, images: list[np.ndarray]) -> Contender:
-    """Build an arm on batches (B, H, W, C), make its first calls, and leave it warm.
+def enter(subject: Subject, arm: str, batches: list[Arrays]) -> Contender:
+    """Build an arm on batches of inputs, make its first calls, and leave it warm.
 
-    ``info`` tells ``first_call_ms`` (trace and code generation are in it) and, of MLX,
-    ``peak_memory_mb`` and ``traces``. Raises :class:`NotCompiled`, :class:`NotEvaluated`.
+    ``info`` tells ``first_call_ms`` (trace and code generation are in it), ``warm_ms``, and of MLX
+    ``trace_ms``, ``peak_memory_mb`` and ``traces``. Raises :class:`NotCompiled`,
+    :class:`NotEvaluated`.
     """
-    batches = [systems.inputs(case, batch, seed) for seed, batch in enumerate(images)]
     if arm.startswith("mlx"):
-        return _enter_mlx(case, batches, compiled=arm == "mlx-compiled")
-    return _enter_torch(case, batches, compiled=arm == "torch-compile")
+        return _enter_mlx(subject, batches, compiled=arm == "mlx-compiled")
+    return _enter_torch(subject, batches, compiled=arm == "torch-compile")
 
 
-def _enter_mlx(case: Case, batches: list[dict[str, np.ndarray]], *, compiled: bool) -> Contender:
+def _enter_mlx(subject: Subject, batches: list[Arrays], *, compiled: bool) -> Contender:
     mx.random.seed(0)
-    modules, optimizers, step = systems.build(case, "mlx", _batch_size(batches))
-    arrays = [systems.to_mlx(case, batch) for batch in batches]
-    stateful = [*modules, *optimizers]
+    system = subject.build("mlx", _batch_size(batches))
+    modules, optimizers = list(system.modules.values()), list(system.optimizers.values())
+    arrays = [to_mlx(subject.case, batch) for batch in batches]
+    names = list(batches[0])
+    stateful = [*modules, *optimizers] if subject.kind == "step" else modules
     state = [s.state for s in stateful]
     mx.eval(state, arrays)  # or their making would be timed with the first step
     traces = 0
@@ -86,23 +118,40 @@ def _enter_mlx(case: Case, batches: list[dict[str, np.ndarray]], *, compiled: bo
     def counted(*args: Any) -> Any:
         nonlocal traces
         traces += 1
-        return step(*args)
+        if subject.kind == "step":
+            return system.step(*args)  # type: ignore[misc]
+        inputs = args[len(stateful) :]
+        return system.forward(**dict(zip(names, inputs, strict=True)))  # type: ignore[misc]
 
-    run = compile_step(counted, *stateful) if compiled else partial(counted, *stateful)
+    call = compile_step(counted, *stateful) if compiled else partial(counted, *stateful)
+    last: list[Any] = [None]
+
+    def start(i: int) -> Any:
+        last[0] = call(*arrays[i % len(arrays)])
+        mx.async_eval(last[0], state)
+        return last[0]
 
     def one(i: int) -> Any:
-        losses = run(*arrays[i % len(arrays)])
-        mx.eval(losses, state)
-        return losses
+        results = call(*arrays[i % len(arrays)])
+        mx.eval(results, state)
+        return results
 
-    first_call_ms = _first_call(one)
+    began = time.perf_counter()
+    results = call(*arrays[0])
+    traced = time.perf_counter()
+    mx.eval(results, state)
+    info = {
+        "trace_ms": (traced - began) * 1e3,
+        "first_call_ms": (time.perf_counter() - began) * 1e3,
+    }
     mx.clear_cache()
     mx.reset_peak_memory()
     for i in range(WARM_STEPS):
         check_evaluated(one(i), state)
-    info = {"first_call_ms": first_call_ms, "peak_memory_mb": mx.get_peak_memory() / 1e6}
+    info["peak_memory_mb"] = mx.get_peak_memory() / 1e6
+    info["warm_ms"] = _milliseconds(one)
     if compiled:
-        check_traces(traces)
+        check_traces(traces, calls=2 + WARM_STEPS)
         info["traces"] = traces
 
     saved = [tree_map(lambda a: a, m.parameters()) for m in modules]
@@ -114,29 +163,32 @@ def _enter_mlx(case: Case, batches: list[dict[str, np.ndarray]], *, compiled: bo
         for optimizer, before in zip(optimizers, saved_optimizers, strict=True):
             restore_tree(optimizer.state, before)
 
-    return Contender(one, restore, info)
+    return Contender(one, restore, info, start, lambda: mx.eval(last[0], state))
 
 
-def _enter_torch(case: Case, batches: list[dict[str, np.ndarray]], *, compiled: bool) -> Contender:
+def _enter_torch(subject: Subject, batches: list[Arrays], *, compiled: bool) -> Contender:
     device = torch_device()
     assert device is not None
     torch.manual_seed(0)
-    modules, optimizers, step = systems.build(case, "torch", _batch_size(batches))
+    system = subject.build("torch", _batch_size(batches))
+    modules, optimizers = list(system.modules.values()), list(system.optimizers.values())
     for module in modules:
         module.to(device)
         if compiled:
             module.compile()
-    tensors = [systems.to_torch(case, batch, device) for batch in batches]
+    tensors = [to_torch(subject.case, batch, device) for batch in batches]
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
+    call = run_torch(subject, system)
 
     def one(i: int) -> Any:
-        losses = step(*modules, *optimizers, *tensors[i % len(tensors)])
+        results = call(*tensors[i % len(tensors)])
         wait()
-        return losses
+        return results
 
-    info = {"first_call_ms": _first_call(one)}
+    info = {"first_call_ms": _milliseconds(one)}
     for i in range(WARM_STEPS):
         one(i)
+    info["warm_ms"] = _milliseconds(one)
     stateful = [*modules, *optimizers]
     saved = [_clone(s.state_dict()) for s in stateful]
 
@@ -156,23 +208,48 @@ def check_evaluated(*trees: Any) -> None:
         )
 
 
-def check_traces(traces: int) -> None:
+def check_traces(traces: int, calls: int) -> None:
     """Raise :class:`NotCompiled` if a step called more than once was traced more than once."""
     if traces != 1:
         raise NotCompiled(
-            f"MLX ran the step's Python {traces} times in {1 + WARM_STEPS} calls, so it did not "
+            f"MLX ran the step's Python {traces} times in {calls} calls, so it did not "
             "compile it and does not say so. On Linux it needs g++ on the PATH; "
             "MLX_DISABLE_COMPILE must not be set"
         )
 
 
-def _first_call(one: Callable[[int], Any]) -> float:
+def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
+    """Floating-point operations per second of MLX's matrix product in float32, the best of a few.
+
+    What a step's share is a share of. With TF32 on, a GPU's peak is TF32's.
+    """
+    a = mx.random.normal((size, size))
+    b = mx.random.normal((size, size))
+    mx.eval(a, b, a @ b)
+
+    def once() -> float:
+        start = time.perf_counter()
+        mx.eval(a @ b)
+        return time.perf_counter() - start
+
+    return 2 * size**3 / min(once() for _ in range(repeats))
+
+
+def break_even(compiled: dict[str, Any], uncompiled_ms: float, compiled_ms: float) -> int | None:
+    """After how many steps compiling has paid for its first call; None where it never does."""
+    gained = uncompiled_ms - compiled_ms
+    if gained <= 0 or "first_call_ms" not in compiled:
+        return None
+    return math.ceil(max(0.0, compiled["first_call_ms"] - uncompiled_ms) / gained)
+
+
+def _milliseconds(one: Callable[[int], Any]) -> float:
     start = time.perf_counter()
     one(0)
     return (time.perf_counter() - start) * 1e3
 
 
-def _batch_size(batches: list[dict[str, np.ndarray]]) -> int:
+def _batch_size(batches: list[Arrays]) -> int:
     return len(next(iter(batches[0].values())))
 
 

@@ -1,49 +1,94 @@
-"""What is timed: the training systems that the tests prove, at their documents' sizes."""
+"""What is timed: the systems that the tests prove, at their documents' sizes."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from mlx_impl.data import load_images
 from mlx_parity import Case
 from mlx_parity.blas import use_openblas
-from tests import cases
+from mlx_parity.case import System
+from tests.cases import CASES
 
 Side = Literal["mlx", "torch"]
+Arrays = dict[str, np.ndarray]
 
-SYSTEMS: tuple[Case, ...] = cases.SYSTEMS
+REAL = frozenset({"real", "images"})
+"""The inputs that are photographs or digits where a case draws noise in their shape."""
 
+CPU_FLOPS = 20e9
+"""A CPU gets batches that take no more than this in a step, a fraction of a second."""
 
-def build(case: Case, side: Side, batch_size: int) -> tuple[list[Any], list[Any], Callable]:
-    """One side's modules, its optimizers, and ``step(*modules, *optimizers, *inputs)``."""
-    library = case.port if side == "mlx" else case.reference
-    system = case.build(library, {**case.full_size, "batch": batch_size})
-    assert system.step is not None
-    return list(system.modules.values()), list(system.optimizers.values()), system.step
-
-
-def inputs(case: Case, images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """The step's inputs in MLX's layout, float32: images (N, H, W, C), and what it draws."""
-    shape = {**case.full_size, "batch": len(images)}
-    drawn = case.inputs(shape, np.random.default_rng(seed))
-    return {
-        name: images if name in case.images else array.astype(np.float32)
-        for name, array in drawn.items()
-    }
+LARGEST_BATCH = 64
 
 
-def to_mlx(case: Case, arrays: dict[str, np.ndarray]) -> list[mx.array]:
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A training step or a sampler: what one row of the table is about."""
+
+    case: Case
+    kind: Literal["step", "sampling"]
+
+    @property
+    def name(self) -> str:
+        return self.case.name if self.kind == "step" else f"{self.case.name}, sampling"
+
+    def build(self, side: Side, batch_size: int) -> System:
+        library = self.case.port if side == "mlx" else self.case.reference
+        return self.case.build(library, {**self.case.full_size, "batch": batch_size})
+
+    def draw(self, batch_size: int, seed: int, data: str = "digits") -> Arrays:
+        """The inputs in MLX's layout, float32: images (N, H, W, C), and what a step draws."""
+        case = self.case
+        shape = {**case.full_size, "batch": batch_size}
+        drawn = case.inputs(shape, np.random.default_rng(seed))
+        arrays = {}
+        for name, array in drawn.items():
+            if np.issubdtype(array.dtype, np.floating):
+                array = array.astype(np.float32)
+            if name in case.images:
+                array = array.transpose(0, 2, 3, 1)
+            arrays[name] = real(array.shape, seed, data) if name in REAL else array
+        return arrays
+
+
+SUBJECTS: tuple[Subject, ...] = (
+    *(Subject(case, "step") for case in CASES if case.compile_step is not None),
+    *(Subject(case, "sampling") for case in CASES if case.samples),
+)
+
+
+def real(shape: tuple[int, ...], seed: int, data: str) -> np.ndarray:
+    """Real images of ``shape`` (N, H, W, C) in [-1, 1], drawn again where there are too few."""
+    n, height, width, channels = shape
+    images = _load(data if channels == 1 else "photos", (height, width))
+    if images.shape[1:] != shape[1:]:
+        raise ValueError(f"the images of {data!r} are {images.shape[1:]}, a step wants {shape[1:]}")
+    rng = np.random.default_rng(seed)
+    return images[rng.choice(len(images), n, replace=len(images) < n)]
+
+
+@functools.cache
+def _load(data: str, image_size: tuple[int, int]) -> np.ndarray:
+    return load_images(data, image_size)
+
+
+def to_mlx(case: Case, arrays: Arrays) -> list[mx.array]:
     return [mx.array(a) for a in arrays.values()]
 
 
-def to_torch(case: Case, arrays: dict[str, np.ndarray], device: str) -> list[torch.Tensor]:
+def to_torch(case: Case, arrays: Arrays, device: str) -> list[torch.Tensor]:
     return [
         torch.from_numpy(
             np.ascontiguousarray(a.transpose(0, 3, 1, 2)) if name in case.images else a
@@ -53,8 +98,41 @@ def to_torch(case: Case, arrays: dict[str, np.ndarray], device: str) -> list[tor
 
 
 @functools.cache
+def flops(subject: Subject, batch_size: int) -> int:
+    """Floating-point operations of the products and convolutions, counted on PyTorch's side."""
+    system = subject.build("torch", batch_size)
+    inputs = to_torch(subject.case, subject.draw(batch_size, 0), "cpu")
+    with FlopCounterMode(display=False) as counter:
+        run_torch(subject, system)(*inputs)
+    return int(counter.get_total_flops())
+
+
+def run_torch(subject: Subject, system: System) -> Callable[..., Any]:
+    """PyTorch's step, or its sampler without gradients, as a function of the inputs alone."""
+    if subject.kind == "step":
+        assert system.step is not None
+        return functools.partial(system.step, *system.modules.values(), *system.optimizers.values())
+    names = list(subject.draw(1, 0))
+
+    @torch.inference_mode()
+    def sample(*inputs: torch.Tensor) -> Any:
+        assert system.forward is not None
+        return system.forward(**dict(zip(names, inputs, strict=True)))
+
+    return sample
+
+
+def batch_size(subject: Subject, asked: int | None, on_cpu: bool) -> int:
+    """``asked``, or 64, halved on a CPU until a step is no more work than :data:`CPU_FLOPS`."""
+    if asked is not None or not on_cpu:
+        return asked or LARGEST_BATCH
+    fits = CPU_FLOPS / max(1, flops(subject, 1))
+    return max(1, min(LARGEST_BATCH, 2 ** int(math.log2(max(1, fits)))))
+
+
+@functools.cache
 def parity_gate(name: str, examples: int) -> str:
-    """Why the system of this name must not be timed, or "" where its port is proven.
+    """Why the case of this name must not be timed, or "" where its port is proven.
 
     Climbs the ladder at ``examples`` drawn shapes, once for a run, in a process of its own: there
     TF32 is off and the BLAS has one thread, which MLX and OpenBLAS read only once.
@@ -80,8 +158,8 @@ def _climb(name: str, examples: int) -> None:
     from mlx_parity import prove
 
     use_openblas()
-    (case,) = (case for case in SYSTEMS if case.name == name)
-    prove(case, examples).assert_ok()
+    (case,) = (case for case in CASES if case.name == name)
+    prove(case, max(1, examples // case.cost)).assert_ok()
 
 
 if __name__ == "__main__":

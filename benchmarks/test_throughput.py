@@ -1,9 +1,10 @@
-"""Training steps per second: MLX compiled and not, against PyTorch on the same device.
+"""Training steps and samples per second: MLX compiled and not, against PyTorch on the same device.
 
     python -m pytest benchmarks --benchmark-enable
 
-The arms are timed in turn, several times over, so that a slow spell of the machine meets all of
-them; the table takes the median over all rounds. Every round starts from the same evaluated state.
+All arms of a system stay alive and are timed in turn, forth and back (ABBA), so that a slow spell
+of the machine meets all of them. Ratios are of neighbours in time. Every round starts from the same
+evaluated state.
 """
 
 import math
@@ -17,12 +18,15 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import contenders, machine, systems
-from benchmarks.contenders import ARMS, Contender
-from mlx_parity import Case
+from benchmarks.contenders import ARMS, SAME_AS, Contender
+from benchmarks.systems import Subject
 
 BATCHES = 4
-ROUNDS, STEPS, BLOCKS = 5, 6, 4
-QUICK = (3, 4, 2)
+PAIRS = 10
+QUICK_PAIRS = 6
+SAMPLE_SECONDS = 0.1
+"""Steps are timed together until they take about this long."""
+LONGEST_ROUND = 20
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -30,24 +34,56 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option = metafunc.config.getoption
     arms = [arm for arm in ARMS if arm != "torch-compile" or option("--torch-compile")]
-    blocks = range(QUICK[2] if option("--quick") else BLOCKS)
+    blocks = range(QUICK_PAIRS if option("--quick") else PAIRS)
     metafunc.parametrize(
-        ("case", "block", "arm"),
+        ("subject", "block", "arm"),
         [
-            pytest.param(case, block, arm, id=f"{case.name}-{arm}-{block}".replace(" ", "-"))
-            # Back and forth, ABBA: a drift of the machine's speed cancels as well.
-            for case, block in product(systems.SYSTEMS, blocks)
+            pytest.param(subject, block, arm, id=f"{subject.name}-{arm}-{block}".replace(" ", "-"))
+            for subject, block in product(systems.SUBJECTS, blocks)
             for arm in (arms if block % 2 == 0 else arms[::-1])
         ],
     )
 
 
+class Ring:
+    """The contenders of one subject, entered as they are asked for, left when another comes."""
+
+    def __init__(self, data: str, batch_size: int | None):
+        self.data, self.asked = data, batch_size
+        self.subject: Subject | None = None
+
+    def get(self, subject: Subject, arm: str) -> Contender:
+        if subject is not self.subject:
+            self.leave()
+            self.subject = subject
+            on_cpu = machine.torch_device() == "cpu"
+            self.batch_size = systems.batch_size(subject, self.asked, on_cpu)
+            seeds = range(BATCHES)
+            self.batches = [subject.draw(self.batch_size, seed, self.data) for seed in seeds]
+        if arm not in self.contenders:
+            original = SAME_AS.get(arm)
+            if original is None:
+                self.contenders[arm] = contenders.enter(subject, arm, self.batches)
+            elif arm == "mlx-async":
+                self.contenders[arm] = self.get(subject, original).without_waiting()
+            else:
+                self.contenders[arm] = self.get(subject, original)
+        return self.contenders[arm]
+
+    def leave(self) -> None:
+        self.contenders: dict[str, Contender] = {}
+        mx.clear_cache()
+
+    @property
+    def steps(self) -> int:
+        """In a round: the same for all arms, so that each begins as often."""
+        warm = self.contenders["mlx-compiled"].info["warm_ms"] / 1e3
+        return min(LONGEST_ROUND, max(1, math.ceil(SAMPLE_SECONDS / warm)))
+
+
 @pytest.fixture(scope="session")
-def batches(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """A few batches (B, H, W, C), drawn with replacement where there are fewer images."""
-    rng = np.random.default_rng(0)
-    drawn = rng.choice(len(images), (BATCHES, batch_size), replace=len(images) < batch_size * 4)
-    return [images[indices] for indices in drawn]
+def ring(request: pytest.FixtureRequest) -> Ring:
+    return Ring(request.config.getoption("--data"), request.config.getoption("--batch-size"))
 
 
 # an arm that is skipped, or must not be timed, leaves the fixture unused
@@ -56,11 +92,11 @@ def batches(images: np.ndarray, batch_size: int) -> list[np.ndarray]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
-def test_train_step(
+def test_throughput(
     benchmark: BenchmarkFixture,
     record: Callable[..., None],
-    batches: list[np.ndarray],
-    case: Case,
+    ring: Ring,
+    subject: Subject,
     block: int,
     arm: str,
     quick: bool,
@@ -69,32 +105,31 @@ def test_train_step(
         pytest.skip("a timing: ask for it with --benchmark-enable")
     if arm.startswith("torch") and machine.torch_device() is None:
         pytest.skip("PyTorch has no device of the class that MLX runs on")
-    if why := systems.parity_gate(case.name, 2 if quick else 5):
-        pytest.fail(f"{case.name} is not timed, its port is not proven:\n{why}", pytrace=False)
+    if why := systems.parity_gate(subject.case.name, 1 if quick else 5):
+        pytest.fail(f"{subject.name} is not timed, its port is not proven:\n{why}", pytrace=False)
     try:
-        contender = contenders.enter(case, arm, batches)
+        ring.get(subject, "mlx-compiled")
+        contender = ring.get(subject, arm)
     except contenders.NotCompiled as error:
-        pytest.fail(f"{case.name} {arm} is not reported: {error}", pytrace=False)
+        pytest.fail(f"{subject.name} {arm} is not reported: {error}", pytrace=False)
 
-    rounds, steps, _ = QUICK if quick else (ROUNDS, STEPS, BLOCKS)
-
-    def train(contender: Contender) -> None:
-        for i in range(steps):
-            contender.step(i)
-
-    benchmark.group = f"{case.name}: {steps} steps"
+    steps = ring.steps
+    benchmark.group = f"{subject.name}: {steps} steps"
     others, start = machine.others_cpu_seconds(), time.perf_counter()
-    benchmark.pedantic(train, (contender,), setup=contender.restore, rounds=rounds, warmup_rounds=1)
+    benchmark.pedantic(contender.run, (steps,), setup=contender.restore, rounds=1 if quick else 2)
+    info = dict(contender.info)
     if others is not None:
         taken = (machine.others_cpu_seconds() or 0) - others
-        contender.info["others_cpu"] = max(0.0, taken) / (time.perf_counter() - start)
-    seconds = [t / steps for t in benchmark.stats.stats.data]
-    per_second = 1 / float(np.median(seconds))
-    benchmark.extra_info |= contender.info | {
-        "steps_per_second": per_second,
-        "images_per_second": per_second * len(batches[0]),
+        info["others_cpu"] = max(0.0, taken) / (time.perf_counter() - start)
+    # the better of a round's repeats: what disturbs a step only ever makes it longer
+    seconds = float(np.min(benchmark.stats.stats.data)) / steps
+    info |= {
+        "batch": ring.batch_size,
+        "kind": subject.kind,
+        "steps_per_second": 1 / seconds,
+        "images_per_second": ring.batch_size / seconds,
         "steps_per_round": steps,
     }
-    assert math.isfinite(per_second)
-    record(case.name, arm, seconds, benchmark.extra_info)
-    mx.clear_cache()
+    benchmark.extra_info |= info
+    assert math.isfinite(seconds)
+    record(subject, arm, block, seconds, info)

@@ -65,5 +65,7 @@ class Case:
     cost: int = 1
     """How long one shape takes to climb, in units of a small network's. Who shares a budget of
     shapes among cases divides by it."""
+    samples: bool = False
+    """Whether ``forward`` is what a user generates with, so that a benchmark times it."""
     full_size: Shape = field(default_factory=dict)
     """The shape of real use, but for its batch: what a benchmark times."""

@@ -1,19 +1,24 @@
 """The benchmark's own tests: what would make its figures lies is caught."""
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks import contenders, systems
-from benchmarks.conftest import summarise
-from benchmarks.contenders import ARMS
+from benchmarks import contenders, summary, systems
+from benchmarks.contenders import break_even
+from benchmarks.statistics import CONFIDENCE, noise_floor, paired_ratio
+from benchmarks.summary import Rounds
+from benchmarks.systems import Subject
 
-CASE = systems.SYSTEMS[0]
+SUBJECT = next(s for s in systems.SUBJECTS if s.name == "001 GAN")
+SAMPLER = next(s for s in systems.SUBJECTS if s.name == "001 generator, sampling")
 
 
 @pytest.fixture(scope="module")
-def two_images() -> list[np.ndarray]:
-    return [np.zeros((2, 28, 28, 1), np.float32)]
+def batches() -> list[systems.Arrays]:
+    return [SUBJECT.draw(2, 0)]
 
 
 def test_unevaluated_sees_promises_and_keeps_them():
@@ -27,33 +32,33 @@ def test_unevaluated_sees_promises_and_keeps_them():
     assert contenders.unevaluated(tree) == []
 
 
-def test_a_step_that_leaves_its_work_undone_is_caught(two_images, monkeypatch):
+def test_a_step_that_leaves_its_work_undone_is_caught(batches, monkeypatch):
     real = mx.eval
     monkeypatch.setattr(contenders.mx, "eval", lambda *trees: real(trees[0]))  # without the state
     with pytest.raises(contenders.NotEvaluated, match=r"mx\.eval\(loss, state\)"):
-        contenders.enter(CASE, "mlx-uncompiled", two_images)
+        contenders.enter(SUBJECT, "mlx-uncompiled", batches)
 
 
-def test_a_compiled_arm_is_traced_once(two_images):
-    contender = contenders.enter(CASE, "mlx-compiled", two_images)
+def test_a_compiled_arm_is_traced_once(batches):
+    contender = contenders.enter(SUBJECT, "mlx-compiled", batches)
     contender.restore()
     contender.step(0)
     assert contender.info["traces"] == 1
     assert contender.info["peak_memory_mb"] > 0
 
 
-def test_mlx_that_does_not_compile_is_not_called_compiled(two_images):
+def test_mlx_that_does_not_compile_is_not_called_compiled(batches):
     mx.disable_compile()  # what a missing g++ does, which MLX does not tell either
     try:
         with pytest.raises(contenders.NotCompiled, match=r"g\+\+"):
-            contenders.enter(CASE, "mlx-compiled", two_images)
+            contenders.enter(SUBJECT, "mlx-compiled", batches)
     finally:
         mx.enable_compile()
 
 
-@pytest.mark.parametrize("arm", ARMS[:3])
-def test_every_round_starts_from_the_same_state(two_images, arm: str):
-    contender = contenders.enter(CASE, arm, two_images)
+@pytest.mark.parametrize("arm", ["mlx-uncompiled", "mlx-compiled", "torch-eager"])
+def test_every_round_starts_from_the_same_state(batches, arm: str):
+    contender = contenders.enter(SUBJECT, arm, batches)
 
     def losses() -> np.ndarray:
         contender.restore()
@@ -64,31 +69,156 @@ def test_every_round_starts_from_the_same_state(two_images, arm: str):
     assert not np.array_equal(first[0], first[2])  # and it trains
 
 
+def test_not_waiting_does_the_same_work_and_ends_with_it_done(batches, monkeypatch):
+    waiting = contenders.enter(SUBJECT, "mlx-compiled", batches)
+    handing_over = waiting.without_waiting()
+    starts = []
+    start = handing_over.start
+    handing_over.start = lambda i: starts.append(start(i)) or starts[-1]
+    waiting.restore()
+    expected = [float(waiting.step(i)[0]) for i in range(3)]
+    handing_over.restore()
+    handing_over.run(3)
+    assert contenders.unevaluated(starts[-1:]) == []
+    assert [float(losses[0]) for losses in starts] == expected
+
+
+@pytest.mark.parametrize("arm", ["mlx-uncompiled", "mlx-compiled", "torch-eager"])
+def test_a_sampler_is_timed_as_it_generates(arm: str):
+    contender = contenders.enter(SAMPLER, arm, [SAMPLER.draw(3, 0)])
+    image = contender.step(0)["output"]
+    assert tuple(image.shape) in {(3, 28, 28, 1), (3, 1, 28, 28)}
+    assert not getattr(image, "requires_grad", False)
+
+
 def test_both_sides_get_the_same_numbers():
-    images = np.arange(2 * 28 * 28, dtype=np.float32).reshape(2, 28, 28, 1)
-    arrays = systems.inputs(CASE, images, seed=0)
-    on_mlx = systems.to_mlx(CASE, arrays)
-    on_torch = systems.to_torch(CASE, arrays, "cpu")
+    arrays = SUBJECT.draw(2, seed=0)
+    assert arrays["real"].shape == (2, 28, 28, 1)
+    on_mlx = systems.to_mlx(SUBJECT.case, arrays)
+    on_torch = systems.to_torch(SUBJECT.case, arrays, "cpu")
     assert on_torch[0].shape == (2, 1, 28, 28)
     assert np.array_equal(np.array(on_mlx[0])[..., 0], on_torch[0].numpy()[:, 0])
     assert np.array_equal(np.array(on_mlx[1]), on_torch[1].numpy())
 
 
-def test_the_summary_has_null_where_no_arm_ran():
-    rounds = {
-        ("a", "mlx-compiled"): {"seconds": [0.01, 0.02, 0.01], "traces": 1, "peak_memory_mb": 5.0},
-        ("a", "torch-eager"): {"seconds": [0.03]},
-        ("b", "torch-eager"): {"seconds": [0.03]},
-    }
-    a, b = summarise(rounds, 64, "CPU")
-    assert a["over_torch_eager"] == pytest.approx(3)
-    assert a["images_per_second"] == pytest.approx(6400)
-    assert a["compiled_over_uncompiled"] is None
-    assert a["over_torch_compile"] is None
-    assert b["ms_compiled"] is None
-    assert b["images_per_second"] is None
-    assert b["ms_torch_eager"] == pytest.approx(30)
+def test_a_training_step_is_timed_on_real_digits_and_other_inputs_are_drawn():
+    one, other = SUBJECT.draw(64, seed=0), SUBJECT.draw(64, seed=1)
+    blank = (one["real"] == -1).mean()
+    assert 0.2 < blank < 0.8  # a digit's background
+    assert not np.array_equal(one["noise"], other["noise"])
+
+
+def test_operations_are_counted_and_a_cpu_gets_batches_it_can_take():
+    parameters = 579_728 + 566_273
+    operations = systems.flops(SUBJECT, 1)
+    assert 6 * parameters < operations < 12 * parameters  # forward, backward, two networks
+    assert systems.flops(SUBJECT, 4) == 4 * operations
+    assert systems.batch_size(SUBJECT, None, on_cpu=True) == systems.LARGEST_BATCH
+    assert systems.batch_size(SUBJECT, 7, on_cpu=True) == 7
+
+
+def test_a_batch_that_does_not_fit_the_budget_is_halved(monkeypatch):
+    monkeypatch.setattr(systems, "CPU_FLOPS", 20 * systems.flops(SUBJECT, 1))
+    assert systems.batch_size(SUBJECT, None, on_cpu=True) == 16
+    assert systems.batch_size(SUBJECT, None, on_cpu=False) == systems.LARGEST_BATCH
+
+
+def rounds_of(**seconds: list[float]) -> Rounds:
+    rounds = Rounds(SUBJECT)
+    for arm, times in seconds.items():
+        name = arm.replace("_", "-")
+        rounds.seconds[name] = dict(enumerate(times))
+        rounds.info[name] = {"batch": 64}
+    return rounds
+
+
+def test_a_row_has_null_where_no_arm_ran():
+    times = [0.01, 0.02, 0.01]
+    row = summary.row(rounds_of(mlx_compiled=times, torch_eager=[0.03, 0.06, 0.03]), "CPU", 1e12)
+    assert row["over_torch_eager"] == pytest.approx(3)
+    assert row["over_torch_eager_interval"] == pytest.approx([3, 3])
+    assert row["images_per_second"] == pytest.approx(6400)
+    assert row["share_of_matmul_peak"] == pytest.approx(systems.flops(SUBJECT, 64) / 0.01 / 1e12)
+    assert row["compiled_over_uncompiled"] is None
+    assert row["over_torch_compile"] is None
+    alone = summary.row(rounds_of(torch_eager=times), "CPU", 1e12)
+    assert alone["ms_compiled"] is None
+    assert alone["images_per_second"] is None
+    assert alone["ms_torch_eager"] == pytest.approx(10)
+    assert next(table.title for table in summary.tables([row, alone])) == "A training step"
+
+
+def test_pairs_are_of_the_same_block():
+    rounds = rounds_of(mlx_compiled=[1, 2, 3], torch_eager=[2, 4, 6])
+    del rounds.seconds["mlx-compiled"][0]  # a block that was not timed
+    assert rounds.ratio("torch-eager").pairs == 2
+    assert rounds.ratio("torch-eager").value == pytest.approx(2)
+
+
+def test_compiling_pays_for_itself_or_never():
+    assert break_even({"first_call_ms": 1000.0}, uncompiled_ms=30, compiled_ms=20) == 97
+    assert break_even({"first_call_ms": 1000.0}, uncompiled_ms=20, compiled_ms=20) is None
+    assert break_even({"first_call_ms": 10.0}, uncompiled_ms=30, compiled_ms=20) == 0
 
 
 def test_an_unknown_system_is_not_proven():
     assert systems.parity_gate("999 GAN", 1)
+
+
+# the statistics
+
+
+def heavy_tailed(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Logarithms of times: Student's t with two degrees of freedom, whose variance is infinite."""
+    return 0.05 * rng.standard_t(2, n)
+
+
+@pytest.mark.parametrize("pairs", [8, 10, 16])
+@pytest.mark.parametrize("effect", [1.0, 1.07])
+def test_the_interval_covers_the_truth_as_often_as_it_says(pairs: int, effect: float):
+    rng = np.random.default_rng(pairs)
+    trials, missed = 2000, 0
+    for _ in range(trials):
+        drift = np.cumsum(rng.normal(0, 0.2, pairs))  # of the machine, which both of a pair meet
+        a = effect * np.exp(drift + heavy_tailed(rng, pairs))
+        b = np.exp(drift + heavy_tailed(rng, pairs))
+        ratio = paired_ratio(a, b)
+        missed += not ratio.low <= effect <= ratio.high
+        assert ratio.confidence >= CONFIDENCE
+    # binomial: five standard deviations above the promised rate
+    rate = 1 - CONFIDENCE
+    assert missed <= trials * rate + 5 * math.sqrt(trials * rate)
+    assert missed > 0  # an interval that is never wrong is too wide
+
+
+def test_an_interval_of_few_pairs_says_how_little_it_is_worth():
+    assert paired_ratio([1, 2, 3, 4], [1, 2, 3, 4]).confidence == pytest.approx(0.875)
+
+
+def test_one_wild_pair_moves_the_estimate_little():
+    quiet = np.full(10, 1.1)
+    wild = quiet.copy()
+    wild[3] = 50
+    assert paired_ratio(wild, np.ones(10)).value == pytest.approx(1.1)
+
+
+def test_a_ratio_and_its_inverse():
+    ratio = paired_ratio([2.0] * 8, [1.0] * 8)
+    assert (ratio.value, ratio.inverse().value) == (2, 0.5)
+    there, back = paired_ratio([2, 3, 2], [1, 1, 1]), paired_ratio([1, 1, 1], [2, 3, 2])
+    assert there.low == pytest.approx(back.inverse().low)
+    assert there.high == pytest.approx(back.inverse().high)
+
+
+def test_the_noise_floor_is_the_worse_side_of_the_control():
+    assert noise_floor(paired_ratio([1.02] * 8, [1.0] * 8)) == pytest.approx(0.02)
+    assert noise_floor(paired_ratio([1.0] * 8, [1.02] * 8)) == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [([1], [1, 2], "pairs"), ([], [], "pairs"), ([0.0], [1.0], "not positive")],
+)
+def test_times_that_are_no_pairs_are_refused(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        paired_ratio(a, b)

@@ -94,6 +94,7 @@ def generator_case(case: Case) -> Case:
         },
         images=frozenset({"output", "cotangent"}),
         compile_step=None,
+        samples=True,
     )
 
 
