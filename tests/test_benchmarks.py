@@ -10,7 +10,6 @@ from benchmarks import contenders, summary, systems
 from benchmarks.contenders import break_even
 from benchmarks.statistics import CONFIDENCE, noise_floor, paired_ratio
 from benchmarks.summary import Rounds
-from benchmarks.systems import Subject
 
 SUBJECT = next(s for s in systems.SUBJECTS if s.name == "001 GAN")
 SAMPLER = next(s for s in systems.SUBJECTS if s.name == "001 generator, sampling")
