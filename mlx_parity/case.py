@@ -60,6 +60,9 @@ class Case:
     """As a document writes it, repaired, or as the field does it; for the card only."""
     images: frozenset[str] = frozenset()
     carry: Callable[[Shape], Mapping[str, Mapping[str, Any]]] = lambda shape: {}
+    weights: Callable[[Shape, np.random.Generator], Mapping[str, np.ndarray]] = lambda *_: {}
+    """Tensors by ``module.tensor``, in the reference's layout, instead of the ladder's own draw:
+    trained weights, or a parameter with a range of its own."""
     compile_step: Callable[..., Callable[..., Any]] | None = None
     """The port's own ``compile_step(step, *stateful)``, held in the compiled rung."""
     cost: int = 1

@@ -102,12 +102,28 @@ def draw_point(case: Case, shape: Shape, rng: np.random.Generator, steps: int) -
     point: Results = {}
     for m, module in system.modules.items():
         point |= {f"{m}.{n}": a for n, a in randomise(module, rng).items()}
+    point |= _own_weights(case, shape, rng, point)
     point |= check_inputs(case, case.inputs(shape, rng))
     if system.step is not None:
         for i in range(steps):
             inputs = check_inputs(case, case.inputs(shape, rng))
             point |= {at_step(n, i): a for n, a in inputs.items()}
     return point
+
+
+def _own_weights(case: Case, shape: Shape, rng: np.random.Generator, drawn: Results) -> Results:
+    """The case's own tensors, each in the place of one that was drawn."""
+    own = {n: np.asarray(a, np.float32) for n, a in case.weights(shape, rng).items()}
+    for name, array in own.items():
+        if name not in drawn or array.shape != drawn[name].shape:
+            there = f"has shape {list(drawn[name].shape)}" if name in drawn else "is none"
+            raise CarryError(
+                f"{case.name}: weights gives {name} {list(array.shape)}, which {there} in the "
+                f"reference; it holds {', '.join(drawn)}"
+            )
+        if not np.isfinite(array).all():
+            raise NotFiniteError(f"{case.name}: weights gives a NaN or infinity in {name}")
+    return own
 
 
 def check_inputs(case: Case, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ import mlx_impl.mlp_gan as port
 from mlx_impl.training import compile_step
 from mlx_parity import (
     CannotCompile,
+    CarryError,
     Case,
     EmptyBatchError,
     Loss,
@@ -334,6 +335,32 @@ def test_nan_in_the_data_is_refused_by_name():
 def test_a_batch_of_0_is_refused_by_name():
     with pytest.raises(EmptyBatchError, match=r"input 'real' has shape \[0, 3, 2, 5\].*at least 1"):
         climb(GAN, {**SHAPE, "batch": 0}, 0)
+
+
+def test_a_case_draws_weights_of_its_own():
+    """Instead of the ladder's; jittered like them, and held in every rung."""
+    name = "discriminator.fc2.bias"
+    bias = np.full(5, 3.5, np.float32)
+    case = replace(DISCRIMINATOR, weights=lambda shape, rng: {name: bias})
+    point = Climb(case, SHAPE, seed=0).point
+    assert np.array_equal(point[name], bias)
+    assert not np.array_equal(Climb(DISCRIMINATOR, SHAPE, seed=0).point[name], bias)
+    climb(case, SHAPE, seed=0, compiled=False).assert_ok()
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "error", "message"),
+    [
+        ("discriminator.fc9.bias", np.zeros(5), CarryError, r"fc9.bias \[5\], which is none.*fc1"),
+        ("discriminator.fc2.bias", np.zeros(4), CarryError, r"\[4\], which has shape \[5\]"),
+        ("discriminator.fc2.bias", np.full(5, np.nan), NotFiniteError, "NaN.*fc2.bias"),
+    ],
+    ids=["name", "shape", "nan"],
+)
+def test_weights_that_do_not_fit_are_named(name, array, error, message):
+    case = replace(DISCRIMINATOR, weights=lambda shape, rng: {name: array})
+    with pytest.raises(error, match=message):
+        Climb(case, SHAPE, seed=0)
 
 
 def test_a_port_that_gives_nan_is_named():
