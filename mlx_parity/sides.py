@@ -176,7 +176,10 @@ class MLXSide:
         for name, loss in self.system.losses.items():
             evaluate = transform(name, self._differentiated(loss, inputs))
             parameters = {m: self.system.modules[m].trainable_parameters() for m in loss.of}
-            value, (of_parameters, of_inputs) = evaluate(parameters, inputs)
+            held = {m: module.parameters() for m, module in self.system.modules.items()}
+            value, (of_parameters, of_inputs) = evaluate(parameters, inputs, held)
+            for m, tree in held.items():  # the differentiated function left tracers behind
+                self.system.modules[m].update(tree)
             found[f"loss {name}"] = _array(value)
             for n, g in of_inputs.items():
                 found[f"gradients {name}/{n}"] = self._output(n, g)
@@ -187,22 +190,23 @@ class MLXSide:
         return found
 
     def _differentiated(self, loss: Loss, inputs: Mapping[str, mx.array]) -> Callable[..., Any]:
-        """(parameters, inputs) to the loss and its gradients, with no other state."""
+        """(parameters, inputs, all that the modules hold) to the loss and its gradients.
+
+        No other state: what is not handed in, a compiled function takes for a constant.
+        """
         floating = self._floating(inputs)
 
-        def value(parameters: Any, floats: Any, others: Any) -> mx.array:
-            for m, tree in parameters.items():
+        def value(parameters: Any, floats: Any, others: Any, held: Any) -> mx.array:
+            for m, tree in [*held.items(), *parameters.items()]:
                 self.system.modules[m].update(tree)
             return loss.function(**{n: (floats | others)[n] for n in inputs})
 
-        def evaluate(parameters: Any, inputs: Any) -> Any:
+        def evaluate(parameters: Any, inputs: Any, held: Any) -> Any:
             floats = {n: inputs[n] for n in floating}
             others = {n: x for n, x in inputs.items() if n not in floating}
             argnums = [i for i, tree in enumerate((parameters, floats)) if tree]
-            out, grads = mx.value_and_grad(value, argnums=argnums)(parameters, floats, others)
+            out, grads = mx.value_and_grad(value, argnums)(parameters, floats, others, held)
             grads = list(grads) if len(argnums) > 1 else [grads]
-            for m, tree in parameters.items():  # the differentiated function left tracers behind
-                self.system.modules[m].update(tree)
             return out, tuple(grads.pop(0) if i in argnums else {} for i in range(2))
 
         return evaluate
