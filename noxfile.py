@@ -103,3 +103,15 @@ def parity(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Compiled against uncompiled steps per second, parity first; also reports/bench.json."""
     run(session, "pytest", "benchmarks", "--benchmark-enable", "-q", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def compare(session: nox.Session) -> None:
+    """This tree against a revision, or --mlx VERSION: slower, faster, no change; exit code 1."""
+    run(session, "benchmarks.compare", *session.posargs)
+
+
+@nox.session(venv_backend="none", name="bench-selftest")
+def bench_selftest(session: nox.Session) -> None:
+    """What compare says of this tree against itself, as it is and made 5 % and 10 % slower."""
+    run(session, "benchmarks.selftest", *session.posargs)
