@@ -115,3 +115,9 @@ def compare(session: nox.Session) -> None:
 def bench_selftest(session: nox.Session) -> None:
     """What compare says of this tree against itself, as it is and made 5 % and 10 % slower."""
     run(session, "benchmarks.selftest", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def report(session: nox.Session) -> None:
+    """All runs of nox -s bench on this machine as one page with plots; reports/benchmarks.html."""
+    run(session, "benchmarks.report", *session.posargs)

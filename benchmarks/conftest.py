@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from benchmarks import contenders, machine, summary
+from benchmarks import contenders, history, machine, summary
 from benchmarks.summary import Rounds
 from benchmarks.systems import Subject
 from mlx_impl.data import load_images
@@ -123,6 +123,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     partial = REPORTS / "bench.partial"  # an interrupted run leaves the file of the run before
     partial.write_text(json.dumps(found, indent=2) + "\n")
     partial.replace(REPORTS / "bench.json")
+    identity = machine.identity(config.stash[_blas])
+    history.store(found, identity)
 
     console = Console(
         file=terminalreporter._tw._file, width=max(120, terminalreporter._tw.fullwidth)
@@ -131,7 +133,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for table in summary.tables(found):
         console.print(table)
     console.print(summary.EXPLANATION, highlight=False)
-    identity = machine.identity(config.stash[_blas])
     console.print(
         f"{identity['mlx_device']}, {identity['cpus']} CPUs; MLX {identity['mlx_version']}, "
         f"BLAS {identity['mlx_blas']}{_tf32(identity)}; "
@@ -148,4 +149,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
     for complaint in complaints:
         console.print(f"warning: {complaint}", style="bold red", highlight=False)
-    console.print(f"{REPORTS}/bench.json, and every round under {REPORTS}/benchmarks/")
+    console.print(
+        f"{REPORTS}/bench.json; every round under {REPORTS}/benchmarks/; kept for nox -s report"
+    )

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,27 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def power() -> str:
+    """What the system says of its power mode, "" where it says nothing.
+
+    A laptop on its battery, or asked to save power, is another machine.
+    """
+    if platform.system() == "Darwin":
+        found = subprocess.run(["pmset", "-g"], capture_output=True, text=True, check=False)
+        lines = [line.split() for line in found.stdout.splitlines() if "powermode" in line]
+        return ", ".join(" ".join(line) for line in lines)
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    supplies = Path("/sys/class/power_supply").glob("A*/online")
+    mains = ["on mains" if p.read_text().strip() == "1" else "on battery" for p in supplies]
+    return ", ".join([*([governor.read_text().strip()] if governor.exists() else []), *mains])
+
+
 def identity(blas: Blas) -> dict[str, Any]:
     """For ``machine_info``: figures from two machines that differ in it are not comparable."""
     return {
         "chip": _chip(),
         "cpus": _cpus(),
+        "power": power(),
         "mlx_backend": backend(),
         "mlx_device": device(),
         "mlx_version": importlib.metadata.version("mlx"),
