@@ -1,0 +1,342 @@
+"""``python -m mlx_impl``: train the systems, draw from them, see how well they do."""
+
+import argparse
+import importlib.util
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mlx_impl.data import load_dataset
+from mlx_impl.images import grid, write_png
+from mlx_impl.systems import SYSTEMS, Option, Settings
+from mlx_impl.train import (
+    Failed,
+    Refused,
+    Run,
+    new_config,
+    old_config,
+    random_key,
+    refusing,
+    restore,
+    sample,
+    train,
+)
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_DRAWN_BY_USER = 3  # what the key of `sample` and `score` is for; training's are 0 to 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = vars(parser().parse_args(argv))
+    command = options.pop("command")
+    console = Console(stderr=True)
+    try:
+        _use_fast_blas(console)
+        return COMMANDS[command](options, console)
+    except Refused as error:
+        console.print(f"python -m mlx_impl {command}: {error}", markup=False, soft_wrap=True)
+        return BAD_INPUT
+    except Failed as error:
+        console.print(f"[red]stopped:[/] {escape(str(error))}", soft_wrap=True)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and options. Only what is given is in the namespace, so defaults stay apart."""
+    top = argparse.ArgumentParser(prog="python -m mlx_impl", description=__doc__.split(": ")[1])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    training = commands.add_parser("train", help="train a system into a folder")
+    systems = training.add_subparsers(dest="system", required=True, metavar="SYSTEM")
+    for name, system in SYSTEMS.items():
+        one = systems.add_parser(
+            name,
+            help=system.about,
+            description=f"Train the {system.about}.",
+            argument_default=argparse.SUPPRESS,
+        )
+        size = "x".join(map(str, system.image_size))
+        _add(one, "system's own", system.options)
+        _add(
+            one,
+            "data",
+            (
+                Option("data", "digits", "digits, mnist, photos, an IDX file or a folder", str),
+                Option("image_size", size, "HEIGHTxWIDTH, or one number", _size),
+                Option("channels", None, "convert to grey or colour", choices=(1, 3)),
+                Option("limit", None, "use at most so many images", _positive),
+            ),
+        )
+        _add(
+            one,
+            "training",
+            (
+                Option("epochs", system.epochs, "times through the data", _positive),
+                Option("steps", None, "stop after so many steps instead", _positive),
+                Option("batch_size", system.batch_size, "images a step", _positive),
+                Option("learning_rate", None, "in place of the system's own", _rate),
+                Option("seed", 0, "of the weights, the order and the noise", _natural),
+                Option(
+                    "preview_every", system.preview_every, "epochs from grid to grid", _positive
+                ),
+            ),
+        )
+        folder = one.add_argument_group("run")
+        folder.add_argument("--out", required=True, metavar="DIR", help="the run's folder")
+        how = folder.add_mutually_exclusive_group()
+        how.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+        how.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
+        folder.add_argument("--no-compile", action="store_true", help="run the step uncompiled")
+
+    drawing = commands.add_parser(
+        "sample", help="draw images from a run", argument_default=argparse.SUPPRESS
+    )
+    drawing.add_argument("run", metavar="RUN", help="the folder of a training")
+    _add(
+        drawing,
+        "images",
+        (
+            Option("number", 64, "how many", _positive),
+            Option("seed", 0, "of the noise", _natural),
+            Option("columns", None, "in a row of the grid", _positive),
+            Option("scale", 1, "enlarge each pixel so many times", _positive),
+        ),
+    )
+    for name, system in SYSTEMS.items():
+        if system.sampling:
+            _add(drawing, f"runs of {name}", system.sampling, known=drawing)
+    drawing.add_argument("--out", metavar="FILE.png", help="default: sample.png in RUN")
+    drawing.add_argument("--overwrite", action="store_true", help="replace the file")
+
+    scoring = commands.add_parser(
+        "score",
+        help="what a classifier of real digits makes of a run's images",
+        argument_default=argparse.SUPPRESS,
+    )
+    scoring.add_argument("run", metavar="RUN", help="the folder of a training on labelled images")
+    _add(
+        scoring,
+        "images",
+        (Option("number", 500, "how many", _positive), Option("seed", 0, "of the noise", _natural)),
+    )
+    return top
+
+
+def _add(
+    to: argparse.ArgumentParser,
+    title: str,
+    options: Sequence[Option],
+    known: argparse.ArgumentParser | None = None,
+) -> None:
+    """Add a group of options; those that ``known`` has already are left to it."""
+    group = to.add_argument_group(title)
+    for option in options:
+        flag = f"--{option.name.replace('_', '-')}"
+        if known is not None and flag in known._option_string_actions:
+            continue
+        default = "" if option.default is None else f" (default: {option.default})"
+        group.add_argument(
+            flag,
+            type=option.type,
+            choices=option.choices,
+            metavar=None if option.choices else option.name.upper().split("_")[-1],
+            help=option.help + default,
+        )
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        numbers = [int(part) for part in text.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give 28, or 28x20 (height x width)")
+    return numbers[0], numbers[-1]
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def _rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+_natural.__name__ = _positive.__name__ = "whole number"  # in argparse's "invalid ... value"
+_rate.__name__ = "number"
+
+
+def train_command(options: Settings, console: Console) -> int:
+    system, run = options.pop("system"), Run(options.pop("out"))
+    resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
+    compiled = not options.pop("no_compile", False)
+    if "epochs" in options and "steps" in options:
+        raise Refused("give --epochs or --steps, not both")
+    if resume:
+        config, dataset = old_config(run, system, options)
+    else:
+        run.check_free(overwrite)
+        config, dataset = new_config(system, options)
+    if compiled and not _can_compile():
+        console.print(
+            "MLX compiles for the CPU with g++, which is not installed: the step runs uncompiled, "
+            "and slower. Install g++ (Debian, Ubuntu: apt-get install g++), or say --no-compile."
+        )
+        compiled = False
+    n, h, w, c = dataset.images.shape
+    console.print(f"{system} on {n} images of {h} x {w} x {c}, on {_device()}")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[means]}"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", means="")
+
+        def on_step(epoch: int, batch: int, batches: int, means: dict[str, float]) -> None:
+            text = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
+            bar.update(
+                task, description=f"epoch {epoch + 1}", completed=batch, total=batches, means=text
+            )
+
+        def on_epoch(row: dict[str, str], per_second: float) -> None:
+            losses = {k: v for k, v in row.items() if k not in ("epoch", "step")}
+            text = "  ".join(f"{name} {float(mean):.4f}" for name, mean in losses.items())
+            speed = f"  {per_second:.1f} steps/s" if per_second == per_second else ""
+            console.print(f"epoch {row['epoch']:>4}  {text}{speed}", highlight=False)
+
+        finished = train(
+            run,
+            config,
+            dataset,
+            resume=resume,
+            overwrite=overwrite,
+            compiled=compiled,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+    if finished:
+        print(run.folder)
+        return DONE
+    command = shlex.join(["train", system, "--out", str(run.folder), "--resume"])
+    console.print(f"interrupted and saved; go on with: python -m mlx_impl {command}", markup=False)
+    return INTERRUPTED
+
+
+def sample_command(options: Settings, console: Console) -> int:
+    run = Run(options.pop("run"))
+    number, seed = options.pop("number", 64), options.pop("seed", 0)
+    columns, scale = options.pop("columns", None), options.pop("scale", 1)
+    out = Path(options.pop("out", run.folder / "sample.png"))
+    overwrite = options.pop("overwrite", False)
+    _check_output(out, overwrite)
+    config, training = restore(run)
+    allowed = {option.name for option in SYSTEMS[config["system"]].sampling}
+    if wrong := sorted(options.keys() - allowed):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise Refused(f"{run.folder} is a run of {config['system']}, which has no {flags}")
+    with refusing(ValueError, ImportError):
+        images = sample(training, number, random_key(seed, _DRAWN_BY_USER), **options)
+        write_png(out, grid(images, columns, scale=scale))
+    print(out)
+    return DONE
+
+
+def score_command(options: Settings, console: Console) -> int:
+    from mlx_impl.quality import score
+
+    run = Run(options.pop("run"))
+    config, training = restore(run)
+    if config["classes"] is None:
+        raise Refused(f"{run.folder} was trained on images without labels, which cannot be told")
+    images = sample(
+        training,
+        options.pop("number", 500),
+        random_key(options.pop("seed", 0), _DRAWN_BY_USER),
+    )
+    with refusing(ValueError, OSError, ImportError, RuntimeError):
+        dataset = load_dataset(config["data"], config["image_size"], config["channels"])
+        print(score(images, dataset))
+    return DONE
+
+
+COMMANDS = {"train": train_command, "sample": sample_command, "score": score_command}
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    if path.suffix.lower() != ".png":
+        raise Refused(f"{path} does not end in .png, the only format written")
+    if path.exists() and not overwrite:
+        raise Refused(f"{path} is there already: replace it (--overwrite), or give another --out")
+
+
+def _on_linux_cpu() -> bool:
+    return sys.platform.startswith("linux") and mx.default_device().type == mx.DeviceType.cpu
+
+
+def _can_compile() -> bool:
+    """Whether ``mx.compile`` compiles: on Linux's CPU it calls g++, and without does nothing."""
+    return not _on_linux_cpu() or shutil.which("g++") is not None
+
+
+def _device() -> str:
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "the CPU"
+    return "Metal" if mx.metal.is_available() else "CUDA"
+
+
+def _use_fast_blas(console: Console) -> None:
+    """Give MLX an OpenBLAS on Linux's CPU, where its own products are many times slower.
+
+    Done by the kit's ``blas.py`` where the kit is there, read as a file of its own: importing the
+    package would import PyTorch, which nothing here needs.
+    """
+    kit = importlib.util.find_spec("mlx_parity")
+    if not _on_linux_cpu() or kit is None or kit.origin is None:
+        return
+    spec = importlib.util.spec_from_file_location("_blas", Path(kit.origin).with_name("blas.py"))
+    if spec is None or spec.loader is None:
+        return
+    blas: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = blas
+    with suppress(OSError), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        spec.loader.exec_module(blas)
+        blas.use_openblas()
+    for warning in caught:
+        console.print(str(warning.message), markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,465 @@
+"""Train a system into a folder, go on with what was interrupted, and load what was trained.
+
+A run's folder holds ``config.json`` (every setting), ``losses.csv`` and ``losses.png`` (the mean of
+each epoch), ``samples/`` (after each epoch from the same noise) and ``checkpoint/`` (all weights,
+optimizers and the position, in one file). Each file is replaced whole, the checkpoint last, so that
+a run that was killed goes on from the last checkpoint as if nothing had happened: the noise of step
+n and the order of epoch n follow from the seed and n alone.
+
+An epoch of digits takes a GPU a tenth of a second, less than writing a checkpoint does; plot and
+checkpoint are therefore renewed at the first epoch's end that is ``SAVE_EVERY`` seconds after the
+last time, and at the end.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+
+from mlx_impl.data import DATASETS, Dataset, batch_indices, load_dataset
+from mlx_impl.images import grid, plot_losses, replacing, write_png
+from mlx_impl.systems import SYSTEMS, Settings, Training
+from mlx_impl.training import compile_step
+
+PREVIEW = 64  # images in a preview
+CHUNK = 64  # images that are sampled at a time
+
+SAVE_EVERY = 10.0
+
+LENGTH = ("epochs", "steps", "preview_every")  # what may change when a run goes on
+
+_STEP, _PREVIEW, _SAMPLE = range(3)  # what a key is for
+
+
+class Refused(Exception):
+    """What was asked cannot be done; the message says why and what to do."""
+
+
+class Failed(Exception):
+    """Training went wrong by itself."""
+
+
+@contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Turn ``errors`` of reading and building, whose messages are made for users, into Refused."""
+    try:
+        yield
+    except errors as error:
+        raise Refused(str(error)) from error
+
+
+def random_key(seed: int, *path: int) -> mx.array:
+    """The key of MLX's generator for one purpose, a function of its arguments alone."""
+    return mx.array(np.random.SeedSequence([seed, *path]).generate_state(2))
+
+
+@dataclass
+class Position:
+    """How far a run is: whole epochs, batches of the next one, and the sums of their losses."""
+
+    epoch: int = 0
+    batch: int = 0
+    sums: list[float] = field(default_factory=list)
+
+
+class Run:
+    """A run's folder."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.config = self.folder / "config.json"
+        self.losses = self.folder / "losses.csv"
+        self.plot = self.folder / "losses.png"
+        self.samples = self.folder / "samples"
+        self.checkpoint = self.folder / "checkpoint" / "last.safetensors"
+
+    def check_free(self, overwrite: bool = False) -> None:
+        """Refused where there is something, unless it is a run to overwrite."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise Refused(f"{self.folder} is a file: give a folder for the run")
+        if self.config.exists() and not overwrite:
+            raise Refused(
+                f"{self.folder} holds a run: go on with it (--resume), replace it "
+                "(--overwrite), or give another folder"
+            )
+        if not self.config.exists() and self.folder.exists() and any(self.folder.iterdir()):
+            raise Refused(f"{self.folder} is neither empty nor a run: give another folder")
+
+    def create(self, config: Settings, overwrite: bool = False) -> None:
+        """Make the folder, or empty it of the run to overwrite."""
+        self.check_free(overwrite)
+        self.config.unlink(missing_ok=True)  # first: what is left without it is never resumed
+        for path in (self.samples, self.checkpoint.parent):
+            shutil.rmtree(path, ignore_errors=True)
+        self.losses.unlink(missing_ok=True)
+        self.plot.unlink(missing_ok=True)
+        self.write_config(config)
+
+    def write_config(self, config: Settings) -> None:
+        with replacing(self.config) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def read_config(self) -> Settings:
+        if not self.config.is_file():
+            raise Refused(f"{self.folder} is no run: it holds no config.json")
+        try:
+            config = json.loads(self.config.read_text(encoding="utf-8"))
+            system = config["system"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{self.config} is damaged: {error!r}") from error
+        if system not in SYSTEMS:
+            raise Refused(f"{self.config}: there is no system {system!r}: {', '.join(SYSTEMS)}")
+        config["image_size"] = tuple(config["image_size"])
+        return config
+
+    def read_losses(self, epochs: int) -> list[dict[str, str]]:
+        """The rows of the first ``epochs`` epochs."""
+        if not self.losses.is_file():
+            return []
+        with self.losses.open(encoding="utf-8", newline="") as file:
+            return [row for row in csv.DictReader(file) if int(row["epoch"]) <= epochs]
+
+    def write_losses(self, rows: list[dict[str, str]]) -> None:
+        with (
+            replacing(self.losses) as partial,
+            partial.open("w", encoding="utf-8", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def plot_losses(self, rows: list[dict[str, str]]) -> None:
+        names = [name for name in rows[0] if name not in ("epoch", "step")]
+        with suppress(ImportError):  # without matplotlib there is no plot
+            plot_losses(
+                self.plot,
+                [int(row["epoch"]) for row in rows],
+                {name: [float(row[name]) for row in rows] for name in names},
+            )
+
+    def save(self, training: Training, position: Position) -> None:
+        """Replace the checkpoint by the present state, whole or not at all."""
+        metadata = {"position": json.dumps(asdict(position))}
+        with replacing(self.checkpoint) as partial:
+            mx.save_safetensors(str(partial), _all_arrays(training), metadata)
+
+    def load(self, training: Training) -> Position:
+        """Put the checkpoint's state into ``training``, all of it or, when Refused, nothing."""
+        if not self.checkpoint.is_file():
+            raise Refused(
+                f"{self.folder} has no checkpoint, since its first epoch was not finished: start "
+                "it again with --overwrite"
+            )
+        try:
+            loaded: Any = mx.load(str(self.checkpoint), return_metadata=True)
+            arrays, metadata = loaded
+            position = Position(**json.loads(metadata["position"]))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{self.checkpoint} is not a run's checkpoint: {error}") from error
+        mine = _all_arrays(training)
+        for name in sorted(mine.keys() | arrays.keys()):
+            here, there = mine.get(name), arrays.get(name)
+            if here is None or there is None or here.shape != there.shape:
+                raise Refused(
+                    f"{self.checkpoint} is of another model: {name} is {_described(there)} there "
+                    f"and {_described(here)} in the model of config.json"
+                )
+        for name, part in training.parts.items():
+            _assign(part, {path: arrays[f"{name}.{path}"] for path in _arrays(part)})
+        mx.eval([_arrays(part) for part in training.parts.values()])
+        return position
+
+
+def _all_arrays(training: Training) -> dict[str, mx.array]:
+    return {
+        f"{name}.{path}": array
+        for name, part in training.parts.items()
+        for path, array in _arrays(part).items()
+    }
+
+
+def _arrays(part: Any) -> dict[str, mx.array]:
+    """A part's arrays by name: a module's parameters and statistics, or an optimizer's state."""
+    return dict(tree_flatten(part.parameters() if isinstance(part, nn.Module) else part.state))
+
+
+def _assign(part: Any, arrays: dict[str, mx.array]) -> None:
+    if isinstance(part, nn.Module):
+        part.update(tree_unflatten(list(arrays.items())))
+    else:
+        part.state = tree_map_with_path(lambda path, _: arrays[path], part.state)
+
+
+def _described(array: mx.array | None) -> str:
+    return "missing" if array is None else f"of shape {tuple(array.shape)}"
+
+
+def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
+    """All settings of a new run of ``system``, from the ``given`` ones, and its data."""
+    entry = SYSTEMS[system]
+    config: Settings = {
+        "system": system,
+        "data": "digits",
+        "image_size": entry.image_size,
+        "channels": None,
+        "limit": None,
+        "epochs": entry.epochs,
+        "steps": None,
+        "batch_size": entry.batch_size,
+        "learning_rate": None,
+        "seed": 0,
+        "preview_every": entry.preview_every,
+        **{option.name: option.default for option in entry.options},
+        **given,
+    }
+    if config["data"] not in DATASETS:
+        config["data"] = os.path.abspath(config["data"])
+    dataset = _load(config)
+    config["channels"] = dataset.images.shape[-1]
+    labels = dataset.labels
+    config["classes"] = None if labels is None else int(labels.max()) + 1
+    config["images"] = len(dataset.images)
+    config["fingerprint"] = _fingerprint(dataset)
+    config["versions"] = {
+        "python": sys.version.split()[0],
+        "mlx": version("mlx"),
+        "numpy": version("numpy"),
+    }
+    return config, dataset
+
+
+def old_config(run: Run, system: str, given: Settings) -> tuple[Settings, Dataset]:
+    """The settings of a run to go on with, and its data. Refused if ``given`` ones differ."""
+    config = run.read_config()
+    if config["system"] != system:
+        raise Refused(f"{run.folder} is a run of {config['system']}, not of {system}")
+    if "data" in given and given["data"] not in DATASETS:
+        given = given | {"data": os.path.abspath(given["data"])}
+    for name in given.keys() - set(LENGTH):
+        if config[name] != given[name]:
+            raise Refused(
+                f"{run.folder} was trained with {name} {_plain(config[name])}, not "
+                f"{_plain(given[name])}: leave --{name.replace('_', '-')} out, or start another "
+                "run with it"
+            )
+    if "epochs" in given:
+        config["steps"] = None
+    config |= {name: given[name] for name in LENGTH if name in given}
+    dataset = _load(config)
+    if _fingerprint(dataset) != config["fingerprint"]:
+        raise Refused(f"the images of {config['data']} are no longer those of {run.folder}")
+    return config, dataset
+
+
+def _plain(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _load(config: Settings) -> Dataset:
+    with refusing(ValueError, OSError, ImportError, RuntimeError):
+        return load_dataset(
+            config["data"],
+            config["image_size"],
+            config["channels"],
+            limit=config["limit"],
+            seed=config["seed"],
+        )
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    return hashlib.sha256(dataset.images.tobytes()).hexdigest()[:16]
+
+
+def build(config: Settings) -> Training:
+    """The system of a run with its initial weights, which the seed decides."""
+    mx.random.seed(config["seed"])
+    with refusing(ValueError):
+        training = SYSTEMS[config["system"]].build(config)
+    for optimizer in training.optimizers.values():
+        if config["learning_rate"] is not None:
+            optimizer.learning_rate = config["learning_rate"]
+    mx.eval([_arrays(part) for part in training.parts.values()])
+    return training
+
+
+def train(
+    run: Run,
+    config: Settings,
+    dataset: Dataset,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    compiled: bool = True,
+    on_step: Callable[[int, int, int, dict[str, float]], None] = lambda *_: None,
+    on_epoch: Callable[[dict[str, str], float], None] = lambda *_: None,
+) -> bool:
+    """Train until the run's end and return True, or save and return False on Ctrl-C or SIGTERM.
+
+    ``on_step(epoch, batch, batches, means)`` is told of every step, ``on_epoch(row, steps_per_s)``
+    of every epoch. Raises Refused, and Failed when a loss is no longer a number.
+    """
+    with refusing(ValueError):
+        batches = len(batch_indices(len(dataset.images), config["batch_size"], _rng(config, 0)))
+    end = config["steps"] or config["epochs"] * batches
+    training = build(config)
+    if resume:
+        position = run.load(training)
+        run.write_config(config)
+    else:
+        position = Position(sums=[0.0] * len(training.losses))
+        run.create(config, overwrite)
+    rows = run.read_losses(position.epoch) if resume else []
+
+    parts = list(training.parts.values())
+    state = [part.state for part in parts]
+    step = compile_step(training.step, *parts) if compiled else _uncompiled(training.step, parts)
+    for module in training.modules.values():
+        module.train()
+
+    saved_at = time.monotonic()
+    with _StopSignals() as stop:
+        while position.epoch * batches + position.batch < end:
+            order = batch_indices(
+                len(dataset.images), config["batch_size"], _rng(config, position.epoch)
+            )
+            last = min(batches, end - position.epoch * batches)
+            started, first, waiting = time.perf_counter(), position.batch, None
+            for batch in range(position.batch, last):
+                number = position.epoch * batches + batch
+                images = mx.array(dataset.images[order[batch]])
+                labels = None if dataset.labels is None else mx.array(dataset.labels[order[batch]])
+                key = random_key(config["seed"], _STEP, number)
+                losses = step(*training.draw(key, images, labels))
+                losses = losses if isinstance(losses, tuple) else (losses,)
+                # The next step is prepared while this one runs; waiting for the one before keeps
+                # no more than two of them in memory.
+                mx.async_eval(losses, state)
+                if waiting is not None:
+                    _add(training, position, waiting, batches)
+                    on_step(position.epoch, position.batch, batches, _means(training, position))
+                if batch == first:
+                    mx.eval(losses)
+                    started = time.perf_counter()  # the first one includes compiling
+                waiting = losses
+                if stop.asked:
+                    break
+            if waiting is not None:
+                _add(training, position, waiting, batches)
+                on_step(position.epoch, position.batch, batches, _means(training, position))
+            seconds = time.perf_counter() - started
+            if position.batch < last:  # interrupted
+                run.save(training, position)
+                return False
+
+            epoch = position.epoch + 1
+            means = {name: repr(mean) for name, mean in _means(training, position).items()}
+            done = position.epoch * batches + position.batch
+            rows.append({"epoch": str(epoch), "step": str(done), **means})
+            run.write_losses(rows)
+            if epoch % config["preview_every"] == 0 or done == end:
+                _preview(run, training, config, epoch)
+            if position.batch == batches:
+                position = Position(epoch, 0, [0.0] * len(training.losses))
+            if done == end or stop.asked or time.monotonic() - saved_at >= SAVE_EVERY:
+                run.plot_losses(rows)
+                run.save(training, position)
+                saved_at = time.monotonic()
+            on_epoch(rows[-1], (last - first - 1) / seconds if last - first > 1 else math.nan)
+            if stop.asked:
+                return done == end
+    return True
+
+
+def _rng(config: Settings, epoch: int) -> np.random.Generator:
+    return np.random.default_rng([config["seed"], epoch])
+
+
+def _uncompiled(step: Callable[..., Any], parts: list[Any]) -> Callable[..., Any]:
+    return lambda *arrays: step(*parts, *arrays)
+
+
+def _add(
+    training: Training, position: Position, losses: tuple[mx.array, ...], batches: int
+) -> None:
+    """Count a step once its losses are there."""
+    values = [float(np.array(loss)) for loss in losses]
+    position.batch += 1
+    for name, value in zip(training.losses, values, strict=True):
+        if not math.isfinite(value):
+            raise Failed(
+                f"{name} is {value} at step {position.epoch * batches + position.batch} (epoch "
+                f"{position.epoch + 1}): try a smaller --learning-rate; the last checkpoint is "
+                "that of the epoch before"
+            )
+    position.sums = [a + b for a, b in zip(position.sums, values, strict=True)]
+
+
+def _means(training: Training, position: Position) -> dict[str, float]:
+    return {
+        name: total / max(position.batch, 1)
+        for name, total in zip(training.losses, position.sums, strict=True)
+    }
+
+
+def _preview(run: Run, training: Training, config: Settings, epoch: int) -> None:
+    images = sample(training, PREVIEW, random_key(config["seed"], _PREVIEW))
+    write_png(run.samples / f"epoch_{epoch:04d}.png", grid(images))
+
+
+def sample(training: Training, n: int, key: mx.array, **options: Any) -> np.ndarray:
+    """Draw images (n, H, W, C) in [-1, 1] from what was trained, some at a time."""
+    for module in training.modules.values():
+        module.eval()
+    try:
+        images = []
+        for start in range(0, n, CHUNK):
+            key, own = mx.random.split(key)
+            images.append(np.array(training.sample(own, min(CHUNK, n - start), **options)))
+        return np.concatenate(images)
+    finally:
+        for module in training.modules.values():
+            module.train()
+
+
+def restore(run: Run) -> tuple[Settings, Training]:
+    """A run's settings and its system with the weights of the checkpoint."""
+    config = run.read_config()
+    training = build(config)
+    run.load(training)
+    return config, training
+
+
+class _StopSignals:
+    """Ctrl-C and SIGTERM as a wish, heard between two steps; a second one is obeyed at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "_StopSignals":
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
