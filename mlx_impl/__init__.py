@@ -15,5 +15,6 @@ except ImportError as error:
         f'{problem} On Linux install exactly one of "mlx[cpu]" or "mlx[cuda13]", which bring the '
         "backend that the base wheel lacks and overwrite each other's: "
         'python -m pip install "mlx[cpu]". On a Mac the base wheel has Metal: '
-        "python -m pip install mlx."
+        "python -m pip install mlx.",
+        name=__name__,  # so that `python -m mlx_impl` prints this line and no traceback
     ) from error

@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
             help=system.about,
             description=f"Train the {system.about}.",
             argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
         )
         size = "x".join(map(str, system.image_size))
         _add(one, "system's own", system.options)
@@ -102,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
         folder.add_argument("--no-compile", action="store_true", help="run the step uncompiled")
 
     drawing = commands.add_parser(
-        "sample", help="draw images from a run", argument_default=argparse.SUPPRESS
+        "sample",
+        help="draw images from a run",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     drawing.add_argument("run", metavar="RUN", help="the folder of a training")
     _add(
@@ -125,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
         "score",
         help="what a classifier of real digits makes of a run's images",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     scoring.add_argument("run", metavar="RUN", help="the folder of a training on labelled images")
     _add(

@@ -33,7 +33,7 @@ class Score:
 
     @property
     def classes(self) -> float:
-        """exp of the histogram's entropy: 10 if ten digits are equally frequent, 1 if one is all."""
+        """exp of the histogram's entropy: 10 for ten equally frequent digits, 1 for only one."""
         p = np.array(self.histogram) / sum(self.histogram)
         return float(np.exp(-sum(q * np.log(q) for q in p if q > 0)))
 

@@ -228,9 +228,9 @@ def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
         **{option.name: option.default for option in entry.options},
         **given,
     }
+    dataset = _load(config)
     if config["data"] not in DATASETS:
         config["data"] = os.path.abspath(config["data"])
-    dataset = _load(config)
     config["channels"] = dataset.images.shape[-1]
     labels = dataset.labels
     config["classes"] = None if labels is None else int(labels.max()) + 1

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_impl.data import MNIST_FILE, batches, load_images
+from mlx_impl.data import MNIST_FILE, batches, load_dataset, load_images
+from mlx_impl.images import write_png
 
 UBYTE, FLOAT32 = 0x08, 0x0D
 
@@ -115,6 +116,127 @@ def test_float_idx_file_is_taken_as_it_is(tmp_path):
     np.testing.assert_array_equal(images[..., 0], numbers)
 
 
+# Labels, colours, sizes
+
+
+def test_digits_are_labelled():
+    from sklearn.datasets import load_digits
+
+    dataset = load_dataset("digits", (8, 8))
+    np.testing.assert_array_equal(dataset.labels, load_digits().target)
+    assert dataset.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_mnists_labels_are_read_where_they_lie_beside_the_images(tmp_path, scans, compress):
+    (tmp_path / MNIST_FILE).write_bytes(idx(scans))
+    assert load_dataset(tmp_path, (3, 5)).labels is None
+    name = "train-labels-idx1-ubyte" + (".gz" if compress is gzip.compress else "")
+    (tmp_path / name).write_bytes(compress(idx(np.arange(7, dtype=np.uint8))))
+    np.testing.assert_array_equal(load_dataset(tmp_path, (3, 5)).labels, np.arange(7))
+    np.testing.assert_array_equal(load_dataset(tmp_path, (3, 5), limit=2).labels, [0, 1])
+
+
+def test_labels_of_other_images_are_refused(tmp_path, scans):
+    (tmp_path / MNIST_FILE).write_bytes(idx(scans))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(6, dtype=np.uint8)))
+    with pytest.raises(ValueError, match="holds 6 labels for 7 images"):
+        load_dataset(tmp_path, (3, 5))
+
+
+def test_an_idx_file_is_resized_by_a_data_set_and_by_nothing_else(scan_file, scans):
+    images = load_dataset(scan_file, (6, 10)).images
+    expected = F.interpolate(
+        torch.tensor(scans)[:, None] / 127.5 - 1, (6, 10), mode="bilinear", align_corners=False
+    )
+    np.testing.assert_allclose(images[..., 0], expected[:, 0], rtol=0, atol=2.0**-22)
+    with pytest.raises(ValueError, match="only 'digits' and pictures are resized"):
+        load_images(scan_file, (6, 10))
+
+
+def test_channels_are_converted_when_asked():
+    grey = load_dataset("digits", (8, 8), limit=5).images
+    np.testing.assert_array_equal(
+        load_dataset("digits", (8, 8), 3, limit=5).images, np.concatenate([grey] * 3, axis=-1)
+    )
+    assert load_dataset("photos", (8, 8), 1, limit=4).images.shape == (4, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"channels": 2}, "channels must be 1 for grey or 3"), ({"limit": 0}, "limit must be at le")],
+)
+def test_impossible_channels_and_limits(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset("digits", **wrong)
+
+
+# Photographs
+
+
+def test_photographs_are_drawn_with_a_seed():
+    images = load_dataset("photos", (16, 24), limit=6).images
+    assert images.shape == (6, 16, 24, 3)
+    assert images.dtype == np.float32
+    assert images.std() > 0.2
+    assert load_dataset("photos", (16, 24), limit=6).labels is None
+    np.testing.assert_array_equal(load_dataset("photos", (16, 24), limit=6).images, images)
+    assert (load_dataset("photos", (16, 24), limit=6, seed=1).images != images).any()
+
+
+@pytest.fixture
+def album(tmp_path) -> Path:
+    """Three colour pictures of 12 x 10, plain red, green and blue."""
+    folder = tmp_path / "album"
+    for i, name in enumerate(["a.png", "b.jpg", "C.JPEG"]):
+        pixels = np.zeros((12, 10, 3), np.uint8)
+        pixels[..., i] = 255
+        write_png(folder / f"{i}.png", pixels)
+        if name != "a.png":
+            from PIL import Image
+
+            Image.fromarray(pixels).save(folder / name, "jpeg", quality=100)
+            (folder / f"{i}.png").unlink()
+    return folder
+
+
+def test_a_folder_of_images_in_the_order_of_names(album):
+    images = load_dataset(album, (8, 8)).images
+    assert images.shape == (3, 8, 8, 3)
+    strongest = images.mean((1, 2)).argmax(-1)
+    np.testing.assert_array_equal(strongest, [0, 2, 1])  # 0.png, C.JPEG, b.jpg
+    assert load_dataset(album, (8, 8), 1).images.shape == (3, 8, 8, 1)
+    assert load_dataset(album, (8, 8), limit=2).images.shape == (2, 8, 8, 3)
+
+
+def test_a_file_that_is_no_image_is_named(album):
+    (album / "notes.txt").write_text("not a picture")
+    with pytest.raises(ValueError, match=r"notes\.txt is neither \.png, \.jpg nor \.jpeg"):
+        load_dataset(album, (8, 8))
+    (album / "notes.txt").rename(album / "notes.png")
+    with pytest.raises(ValueError, match=r"notes\.png is not an image that Pillow can read"):
+        load_dataset(album, (8, 8))
+
+
+def test_an_image_that_is_too_small_is_named(album):
+    with pytest.raises(ValueError, match=r"0\.png is 12 x 10, smaller than the 16 x 8 asked for"):
+        load_dataset(album, (16, 8))
+
+
+def test_grey_among_colour_needs_a_decision(album):
+    write_png(album / "grey.png", np.zeros((12, 10, 1), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"grey\.png is grey, but 0\.png is colour: ask for 1 or 3"
+    ):
+        load_dataset(album, (8, 8))
+    assert load_dataset(album, (8, 8), 3).images.shape == (4, 8, 8, 3)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nor any image file"):
+        load_dataset(tmp_path)
+
+
 # MNIST through torchvision, on files of its own layout
 
 
@@ -197,6 +319,7 @@ def test_download_that_breaks_off_says_so_and_works_the_next_time(tmp_path, mirr
     [
         ("digits", "sklearn.datasets", "scikit-learn"),
         ("mnist", "torchvision.datasets", "torchvision"),
+        ("photos", "sklearn.datasets", "scikit-learn"),
     ],
 )
 def test_missing_library_is_named(tmp_path, monkeypatch, source, missing, package):

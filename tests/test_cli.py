@@ -1,0 +1,465 @@
+"""``python -m mlx_impl`` end to end, tiny: what is written, what is refused, what is repeated."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_impl.__main__ as cli
+import mlx_impl.train as training
+from mlx_impl.images import read_image, write_png
+from mlx_impl.systems import SYSTEMS
+
+ROOT = Path(__file__).parents[1]
+
+# Each system as small as it gets; its options beside those of `train` below.
+TINY = {
+    "mlp-gan": ["--document", "001", "--image-size", "8", "--latent-dim", "3"],
+}
+SAMPLING = {
+    "mlp-gan": [[]],
+}
+LOSSES = {"mlp-gan": ["d_loss", "g_loss"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_previews():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "PREVIEW", 4)
+        yield
+
+
+def run(*arguments: str | os.PathLike[str]) -> int:
+    try:
+        return cli.main([os.fspath(a) for a in arguments])
+    except SystemExit as error:  # argparse's own
+        return int(error.code)
+
+
+def train(out: Path, *more: str, system: str = "mlp-gan", compiled: bool = False) -> int:
+    """Three epochs of four steps, unless ``more`` says otherwise."""
+    options = ["--limit", "50", "--batch-size", "12", "--epochs", "3", *TINY[system], *more]
+    return run("train", system, "--out", out, *options, *([] if compiled else ["--no-compile"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    loaded = mx.load(str(folder / "checkpoint" / "last.safetensors"))
+    return {name: np.array(array) for name, array in loaded.items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run to read from; who writes takes :func:`copied`."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert train(folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+# What a run leaves
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_train_and_sample(tmp_path, capsys, system):
+    folder = tmp_path / "runs" / "first"
+    assert train(folder, system=system, compiled=system == "mlp-gan") == 0
+    assert capsys.readouterr().out == f"{folder}\n"
+    assert set(contents(folder)) == {
+        "config.json",
+        "losses.csv",
+        "losses.png",
+        "checkpoint/last.safetensors",
+        *(f"samples/epoch_{i:04d}.png" for i in (1, 2, 3)),
+    }
+    with (folder / "losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12")]
+    assert list(rows[0])[2:] == LOSSES[system]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["system"] == system
+    assert (config["seed"], config["batch_size"], config["images"]) == (0, 12, 50)
+    assert set(config["versions"]) == {"python", "mlx", "numpy"}
+    samples = [read_image(folder / "samples" / f"epoch_{i:04d}.png") for i in (1, 3)]
+    assert samples[0].shape == samples[1].shape
+    assert (samples[0] != samples[1]).any()
+    for i, options in enumerate(SAMPLING[system]):
+        out = tmp_path / f"{i}.png"
+        assert run("sample", folder, "--number", "3", "--out", out, *options) == 0
+        assert capsys.readouterr().out == f"{out}\n"
+        assert read_image(out).std() > 1
+
+
+def test_the_table_of_tests_holds_every_system():
+    assert set(TINY) == set(SAMPLING) == set(LOSSES) == set(SYSTEMS)
+
+
+def test_losses_are_the_means_of_an_epoch(tmp_path, monkeypatch):
+    """Not those of its last batch; the batch that is not full is left out."""
+    seen: list[tuple[int, float]] = []
+    real = training.compile_step
+
+    def spy(step, *parts):
+        compiled = real(step, *parts)
+
+        def watched(*arrays):
+            losses = compiled(*arrays)
+            seen.append((len(arrays[0]), float(np.array(losses[0]))))
+            return losses
+
+        return watched
+
+    monkeypatch.setattr(training, "compile_step", spy)
+    assert train(tmp_path / "run", compiled=True) == 0
+    assert {n for n, _ in seen} == {12}
+    with (tmp_path / "run" / "losses.csv").open() as file:
+        means = [float(row["d_loss"]) for row in csv.DictReader(file)]
+    expected = np.array([loss for _, loss in seen]).reshape(3, 4).mean(1)
+    np.testing.assert_allclose(means, expected, rtol=1e-12)
+
+
+def test_steps_end_a_run_within_an_epoch(tmp_path):
+    assert train(tmp_path / "run", "--steps", "6", "--epochs", "3") == 2
+    options = ["--limit", "50", "--batch-size", "12", *TINY["mlp-gan"], "--no-compile"]
+    assert run("train", "mlp-gan", "--out", tmp_path / "run", "--steps", "6", *options) == 0
+    text = (tmp_path / "run" / "losses.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in text[1:]] == [["1", "4"], ["2", "6"]]
+
+
+def test_nothing_is_taken_for_granted_about_the_data(tmp_path, capsys):
+    """A folder of colour pictures, not square."""
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (12, 10, 3), np.uint8)
+        write_png(tmp_path / "pictures" / f"{i}.png", pixels)
+    more = ["--data", str(tmp_path / "pictures"), "--image-size", "12x8", "--batch-size", "3"]
+    assert train(tmp_path / "run", *more) == 0
+    assert "6 images of 12 x 8 x 3" in capsys.readouterr().err
+    assert read_image(tmp_path / "run" / "samples" / "epoch_0003.png").shape == (30, 22, 3)
+    assert run("score", tmp_path / "run") == 2
+    assert "images without labels" in capsys.readouterr().err
+
+
+# The same again
+
+
+def test_the_same_seed_gives_the_same_files(trained, tmp_path):
+    assert train(tmp_path / "again") == 0
+    assert contents(tmp_path / "again") == contents(trained)
+    assert train(tmp_path / "other", "--seed", "1") == 0
+    mine, other = contents(trained), contents(tmp_path / "other")
+    assert all(mine[name] != other[name] for name in mine)
+
+
+def test_the_compiled_step_is_the_uncompiled_one(trained, tmp_path):
+    assert train(tmp_path / "compiled", compiled=True) == 0
+    mine, theirs = weights(trained), weights(tmp_path / "compiled")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_samples_follow_from_their_seed(trained, tmp_path):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert run("sample", trained, "--seed", seed, "--out", tmp_path / f"{name}.png") == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+# Interruptions
+
+
+def signalled_at(step: int, number: int):
+    """`train`, with a signal after the ``step``-th step."""
+
+    def wrapped(*arguments, on_step, **options):
+        taken = iter(range(1, 1000))
+
+        def on_step_and_signal(*told):
+            on_step(*told)
+            if next(taken) == step:
+                os.kill(os.getpid(), number)
+
+        return training.train(*arguments, on_step=on_step_and_signal, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(1, signal.SIGINT), (3, signal.SIGTERM), (4, signal.SIGINT), (6, signal.SIGINT)],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    trained, tmp_path, monkeypatch, capsys, step, number
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "train", signalled_at(step, number))
+        assert train(folder) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"go on with: python -m mlx_impl train mlp-gan --out {folder} --resume" in said
+    assert contents(folder) != contents(trained)
+    assert run("train", "mlp-gan", "--out", folder, "--resume", "--no-compile") == 0
+    assert contents(folder) == contents(trained)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_longer_run_is_the_same_as_one_gone_on_with(tmp_path, system):
+    assert train(tmp_path / "long", system=system) == 0
+    assert train(tmp_path / "short", "--epochs", "2", system=system) == 0
+    assert train(tmp_path / "short", "--epochs", "3", "--resume", system=system) == 0
+    assert contents(tmp_path / "short") == contents(tmp_path / "long")
+
+
+def test_a_run_of_steps_goes_on_within_its_epoch(trained, tmp_path):
+    options = ["--limit", "50", "--batch-size", "12", *TINY["mlp-gan"], "--no-compile"]
+    folder = tmp_path / "run"
+    assert run("train", "mlp-gan", "--out", folder, "--steps", "6", *options) == 0
+    assert run("train", "mlp-gan", "--out", folder, "--epochs", "3", "--resume", *options) == 0
+    assert contents(folder) == contents(trained)
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    real = training.Run.save
+
+    def killed(self, state, position):
+        if position.epoch == 2:
+            raise MemoryError("as good as a power cut")
+        real(self, state, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "save", killed)
+        with pytest.raises(MemoryError):
+            train(folder)
+    assert len((folder / "losses.csv").read_text().splitlines()) == 3  # one epoch too many
+    assert run("train", "mlp-gan", "--out", folder, "--resume", "--no-compile") == 0
+    assert contents(folder) == contents(trained)
+
+
+def test_a_checkpoint_that_was_not_finished_leaves_the_one_before(trained, copied, monkeypatch):
+    def half(path, *_):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", half)
+        with pytest.raises(RuntimeError, match="disk"):
+            run("train", "mlp-gan", "--out", copied, "--resume", "--epochs", "4", "--no-compile")
+    np.testing.assert_equal(weights(copied), weights(trained))
+    assert set(os.listdir(copied / "checkpoint")) == {"last.safetensors"}
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        training, "_uncompiled", lambda step, parts: lambda *a: (mx.array(1.0), mx.array(np.nan))
+    )
+    assert train(tmp_path / "run") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stopped: g_loss is nan at step 1 (epoch 1): try a smaller --learning-rate" in said
+
+
+# What is refused, with exit code 2 and one message
+
+
+def refused(capsys, *arguments: str | os.PathLike[str]) -> str:
+    assert run(*arguments) == 2
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    return " ".join(said.err.split())
+
+
+def test_a_run_is_not_overwritten_unless_asked(copied, capsys):
+    before = contents(copied)
+    message = refused(capsys, "train", "mlp-gan", "--out", copied)
+    assert "holds a run: go on with it (--resume), replace it (--overwrite)" in message
+    assert contents(copied) == before
+    (copied / "samples" / "epoch_0009.png").write_bytes(b"of a longer run")
+    (copied / "notes.txt").write_text("mine")
+    assert train(copied, "--seed", "1", "--overwrite") == 0
+    after = contents(copied)
+    assert after.pop("notes.txt") == b"mine"
+    assert after.keys() == before.keys()
+    assert after["losses.csv"] != before["losses.csv"]
+
+
+def test_bad_settings_do_not_cost_the_run_that_is_there(copied, capsys):
+    before = contents(copied)
+    message = refused(
+        capsys, "train", "mlp-gan", "--out", copied, "--overwrite", "--batch-size", "5000"
+    )
+    assert "batch_size 5000 is larger than the data set of 1797 images" in message
+    assert contents(copied) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    for more in ([], ["--overwrite"]):
+        message = refused(capsys, "train", "mlp-gan", "--out", tmp_path, *more)
+        assert "is neither empty nor a run: give another folder" in message
+    assert (tmp_path / "thesis.tex").read_text() == "all my work"
+    message = refused(capsys, "train", "mlp-gan", "--out", tmp_path / "thesis.tex")
+    assert "is a file: give a folder for the run" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--document", "002"], "was trained with document 001, not 002: leave --document out"),
+        (["--image-size", "8x9"], "was trained with image_size 8x8, not 8x9"),
+        (["--batch-size", "13"], "was trained with batch_size 12, not 13"),
+        (["--data", "photos"], "was trained with data digits, not photos"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings(trained, capsys, given, message):
+    before = contents(trained)
+    assert message in refused(capsys, "train", "mlp-gan", "--out", trained, "--resume", *given)
+    assert contents(trained) == before
+
+
+def edit_config(folder: Path, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(copied, capsys):
+    edit_config(copied, document="002")
+    for command in (["sample", copied], ["train", "mlp-gan", "--out", copied, "--resume"]):
+        message = refused(capsys, *command)
+        assert (
+            "is of another model: discriminator.fc1.bias is of shape (512,) there and of shape "
+            "(1024,) in the model of config.json" in message
+        )
+
+
+def test_changed_images_are_refused(copied, capsys):
+    edit_config(copied, fingerprint="0" * 16)
+    message = refused(capsys, "train", "mlp-gan", "--out", copied, "--resume")
+    assert "the images of digits are no longer those of" in message
+
+
+def test_damaged_runs_are_named(copied, tmp_path, capsys):
+    assert "is no run: it holds no config.json" in refused(capsys, "sample", tmp_path)
+    (copied / "checkpoint" / "last.safetensors").write_bytes(b"nothing of the kind")
+    assert "is not a run's checkpoint" in refused(capsys, "sample", copied)
+    (copied / "checkpoint" / "last.safetensors").unlink()
+    message = refused(capsys, "train", "mlp-gan", "--out", copied, "--resume")
+    assert "has no checkpoint, since its first epoch was not finished" in message
+    (copied / "config.json").write_text("{")
+    assert "config.json is damaged" in refused(capsys, "score", copied)
+    edit = {"system": "gan"}
+    (copied / "config.json").write_text(json.dumps(edit))
+    assert "there is no system 'gan': mlp-gan" in refused(capsys, "sample", copied)
+
+
+def test_bad_arguments(tmp_path, capsys):
+    out = ["--out", tmp_path / "run"]
+    assert "invalid choice: 'gan' (choose from" in refused(capsys, "train", "gan", *out)
+    assert "the following arguments are required: --out" in refused(capsys, "train", "mlp-gan")
+    for given, message in {
+        "--image-size=28x": "'28x' is no size: give 28, or 28x20 (height x width)",
+        "--epochs=0": "0 is not at least 1",
+        "--epochs=some": "invalid whole number value: 'some'",
+        "--learning-rate=0": "0 is not above 0",
+        "--seed=-1": "-1 is negative",
+        "--channels=2": "invalid choice: 2",
+        "--data=minst": "unknown data set 'minst'",
+        "--data=no/such.idx": "there is no image file no/such.idx",
+        f"--data={ROOT / 'README.md'}": "README.md is not an IDX file",
+        f"--data={ROOT}": "is neither .png, .jpg nor .jpeg: a folder of images",
+        f"--data={tmp_path}": "nor any image file",
+    }.items():
+        assert message in refused(capsys, "train", "mlp-gan", *out, given), given
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_is_not_overwritten_unless_asked(trained, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    assert run("sample", trained, "--out", out, "--number", "1") == 0
+    small = out.read_bytes()
+    capsys.readouterr()
+    assert "is there already: replace it (--overwrite)" in refused(
+        capsys, "sample", trained, "--out", out
+    )
+    assert out.read_bytes() == small
+    assert run("sample", trained, "--out", out, "--overwrite") == 0
+    assert out.read_bytes() != small
+    capsys.readouterr()
+    assert "does not end in .png" in refused(capsys, "sample", trained, "--out", tmp_path / "a.jpg")
+
+
+# The machine
+
+
+def test_without_a_compiler_it_is_said_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_on_linux_cpu", lambda: True)
+    monkeypatch.setattr(cli.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cli, "_use_fast_blas", lambda console: None)
+    monkeypatch.setattr(training, "compile_step", None)  # would fail if called
+    assert train(tmp_path / "run", compiled=True) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "MLX compiles for the CPU with g++, which is not installed" in said
+
+
+def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    places = os.pathsep.join(map(str, [*([path] if path else []), ROOT]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+
+
+def test_the_command_line_needs_neither_pytorch_nor_the_kit():
+    code = (
+        "import sys, mlx_impl.__main__ as m; m._use_fast_blas(m.Console()); "
+        "print({'torch', 'mlx_parity', 'reference', 'matplotlib', 'PIL', 'sklearn'} "
+        "& set(sys.modules))"
+    )
+    result = python("-c", code)
+    assert (result.stdout, result.stderr) == ("set()\n", "")
+
+
+def test_without_a_backend_the_command_says_what_to_install(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()
+    (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: not there')")
+    result = python("-m", "mlx_impl", "train", "mlp-gan", "--out", "x", path=tmp_path)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert 'exactly one of "mlx[cpu]" or "mlx[cuda13]"' in result.stderr
+
+
+def test_help_names_every_system_and_option(capsys):
+    assert run("train", "--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said and system.about[:30] in said for name, system in SYSTEMS.items())
+    for name, system in SYSTEMS.items():
+        assert run("train", name, "--help") == 0
+        said = capsys.readouterr().out
+        assert all(f"--{o.name.replace('_', '-')}" in said for o in system.options)
+    assert run("sample", "--help") == run("score", "--help") == run("--help") == 0
