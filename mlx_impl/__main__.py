@@ -119,9 +119,10 @@ def parser() -> argparse.ArgumentParser:
             Option("scale", 1, "enlarge each pixel so many times", _positive),
         ),
     )
-    for name, system in SYSTEMS.items():
-        if system.sampling:
-            _add(drawing, f"runs of {name}", system.sampling, known=drawing)
+    for sampling in dict.fromkeys(system.sampling for system in SYSTEMS.values()):
+        names = [name for name, system in SYSTEMS.items() if system.sampling == sampling]
+        if sampling:
+            _add(drawing, f"runs of {', '.join(names)}", sampling, known=drawing)
     drawing.add_argument("--out", metavar="FILE.png", help="default: sample.png in RUN")
     drawing.add_argument("--overwrite", action="store_true", help="replace the file")
 

@@ -7,12 +7,14 @@ command line know systems only through this file.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from mlx_impl import mlp_gan
+from mlx_impl import diffusion, mlp_gan
 
 Settings = dict[str, Any]
 """A run's settings: the common ones, and its system's options, by name."""
@@ -33,10 +35,10 @@ class Option:
 class Training:
     """A system's state and what is done with it.
 
-    modules, optimizers, others
-        By name, in the order in which ``step`` takes them; ``others`` have a ``state`` too.
+    modules, optimizers
+        By name, in the order in which ``step`` takes them.
     step
-        The pure step: ``step(*modules, *optimizers, *others, *arrays)`` gives the losses.
+        The pure step: ``step(*modules, *optimizers, *arrays)`` gives the losses.
     losses
         Their names.
     draw
@@ -115,6 +117,77 @@ def _mlp_gan(settings: Settings) -> Training:
     return adversarial(mlp_gan, settings, {"widths": widths}, {})
 
 
+PROCESS = (
+    Option("timesteps", 1000, "steps of noise"),
+    Option("schedule", "linear", "how the noise grows", str, ("linear", "cosine")),
+    Option("target", "epsilon", "what is predicted", str, diffusion.TARGETS),
+    Option("ema_decay", 0.999, "of the running average that is sampled from", float),
+)
+SAMPLER = (
+    Option("sampler", "ddim", "Song et al.'s or Ho et al.'s", str, ("ddim", "ddpm")),
+    Option("steps", None, "from noise to image (default: 50 of ddim, all of ddpm)"),
+    Option("eta", 0.0, "ddim's noise: from 0, none, to 1", float),
+)
+
+
+def schedule_of(settings: Settings) -> diffusion.Schedule:
+    make = {"linear": diffusion.linear_schedule, "cosine": diffusion.cosine_schedule}
+    return make[settings["schedule"]](settings["timesteps"])
+
+
+def draw_samples(
+    model: diffusion.Model,
+    settings: Settings,
+    key: mx.array,
+    shape: tuple[int, ...],
+    sampler: str = "ddim",
+    steps: int | None = None,
+    eta: float = 0.0,
+) -> mx.array:
+    """Samples of ``shape`` (B, H, W, C) by either sampler, in ``steps`` of the run's timesteps."""
+    schedule = schedule_of(settings)
+    if sampler == "ddpm" and eta:
+        raise ValueError(f"eta is ddim's: leave it out with ddpm, got {eta}")
+    if steps is None:
+        steps = len(schedule) if sampler == "ddpm" else min(50, len(schedule))
+    schedule = schedule.respaced(steps)
+    keys = iter(mx.random.split(key, len(schedule)))
+    noise = mx.random.normal(shape, key=next(keys))
+    noises = (mx.random.normal(shape, key=k) for k in keys)
+    kind = {"target": settings["target"], "clip_x0": True}
+    if sampler == "ddpm":
+        return diffusion.ddpm_sample(model, schedule, noise, noises, **kind)
+    return diffusion.ddim_sample(model, schedule, noise, noises, eta, **kind)
+
+
+def denoising(model: nn.Module, settings: Settings) -> Training:
+    """A denoiser of images, and the average of its weights that is sampled from."""
+    schedule, ema = schedule_of(settings), diffusion.EMA(model, settings["ema_decay"])
+    image = (*settings["image_size"], settings["channels"])
+
+    def draw(key: mx.array, images: mx.array, labels: mx.array | None) -> tuple[mx.array, ...]:
+        for_noise, for_timesteps = mx.random.split(key)
+        timesteps = mx.random.randint(0, len(schedule), (len(images),), key=for_timesteps)
+        return images, timesteps, mx.random.normal(images.shape, key=for_noise)
+
+    def sample(key: mx.array, n: int, **options: Any) -> mx.array:
+        return draw_samples(ema, settings, key, (n, *image), **options)
+
+    return Training(
+        modules={"model": model, "ema": ema},
+        optimizers={"optimizer": diffusion.make_optimizer(model)},
+        step=partial(diffusion.ema_train_step, schedule=schedule, target=settings["target"]),
+        losses=("loss",),
+        draw=draw,
+        sample=sample,
+    )
+
+
+def _denoiser(settings: Settings) -> Training:
+    model = diffusion.Denoiser(settings["channels"], settings["width"])
+    return denoising(model, settings)
+
+
 SYSTEMS: dict[str, System] = {
     "mlp-gan": System(
         about="fully connected GAN of documents 001 and 002",
@@ -123,5 +196,12 @@ SYSTEMS: dict[str, System] = {
             Option("document", "002", "whose widths", type=str, choices=("001", "002")),
             LATENT_DIM,
         ),
+    ),
+    "diffusion": System(
+        about="diffusion with document 004's two convolutions",
+        build=_denoiser,
+        options=(Option("width", 128, "channels between the convolutions"), *PROCESS),
+        sampling=SAMPLER,
+        preview_every=10,
     ),
 }

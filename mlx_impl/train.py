@@ -125,8 +125,7 @@ class Run:
             raise Refused(f"{self.config} is damaged: {error!r}") from error
         if system not in SYSTEMS:
             raise Refused(f"{self.config}: there is no system {system!r}: {', '.join(SYSTEMS)}")
-        config["image_size"] = tuple(config["image_size"])
-        return config
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
     def read_losses(self, epochs: int) -> list[dict[str, str]]:
         """The rows of the first ``epochs`` epochs."""

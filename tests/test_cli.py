@@ -21,13 +21,16 @@ from mlx_impl.systems import SYSTEMS
 ROOT = Path(__file__).parents[1]
 
 # Each system as small as it gets; its options beside those of `train` below.
+PROCESS = ["--timesteps", "5", "--schedule", "cosine", "--ema-decay", "0.5", "--preview-every", "1"]
 TINY = {
     "mlp-gan": ["--document", "001", "--image-size", "8", "--latent-dim", "3"],
+    "diffusion": ["--image-size", "8", "--width", "4", *PROCESS],
 }
 SAMPLING = {
     "mlp-gan": [[]],
+    "diffusion": [[], ["--sampler", "ddpm"], ["--steps", "2", "--eta", "1"]],
 }
-LOSSES = {"mlp-gan": ["d_loss", "g_loss"]}
+LOSSES = {"mlp-gan": ["d_loss", "g_loss"], "diffusion": ["loss"]}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -407,6 +410,42 @@ def test_a_picture_is_not_overwritten_unless_asked(trained, tmp_path, capsys):
     assert out.read_bytes() != small
     capsys.readouterr()
     assert "does not end in .png" in refused(capsys, "sample", trained, "--out", tmp_path / "a.jpg")
+
+
+@pytest.fixture(scope="module")
+def diffused(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "diffusion"
+    assert train(folder, "--epochs", "1", system="diffusion") == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--steps", "6"], "steps must be from 1 to the schedule's 5, got 6"),
+        (["--steps", "0"], "steps must be from 1 to the schedule's 5, got 0"),
+        (["--eta", "1.5"], "eta must be from 0 (DDIM) to 1 (DDPM), got 1.5"),
+        (["--sampler", "ddpm", "--eta", "0.5"], "eta is ddim's"),
+        (["--sampler", "euler"], "invalid choice: 'euler'"),
+    ],
+)
+def test_bad_sampling(diffused, tmp_path, capsys, given, message):
+    assert message in refused(capsys, "sample", diffused, "--out", tmp_path / "a.png", *given)
+    assert os.listdir(tmp_path) == []
+
+
+def test_sampling_options_of_another_system(trained, capsys):
+    message = refused(capsys, "sample", trained, "--eta", "0", "--steps", "3")
+    assert "is a run of mlp-gan, which has no --eta, --steps" in message
+
+
+def test_bad_processes(tmp_path, capsys):
+    for given, message in {
+        "--timesteps=0": "timesteps must be an integer of at least 1",
+        "--ema-decay=1": "decay must be at least 0 and below 1",
+        "--target=x": "invalid choice: 'x'",
+    }.items():
+        assert message in refused(capsys, "train", "diffusion", "--out", tmp_path / "run", given)
 
 
 # The machine
