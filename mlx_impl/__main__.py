@@ -85,13 +85,13 @@ def parser() -> argparse.ArgumentParser:
             one,
             "training",
             (
-                Option("epochs", system.epochs, "times through the data", _positive),
-                Option("steps", None, "stop after so many steps instead", _positive),
+                Option("steps", system.steps, "when to stop", _positive),
+                Option("epochs", None, "or after so many times through the data", _positive),
                 Option("batch_size", system.batch_size, "images a step", _positive),
                 Option("learning_rate", None, "in place of the system's own", _rate),
                 Option("seed", 0, "of the weights, the order and the noise", _natural),
                 Option(
-                    "preview_every", system.preview_every, "epochs from grid to grid", _positive
+                    "preview_every", None, "epochs from grid to grid (default: 20 grids)", _positive
                 ),
             ),
         )

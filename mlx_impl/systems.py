@@ -76,9 +76,8 @@ class System:
     options: tuple[Option, ...] = ()
     sampling: tuple[Option, ...] = ()
     image_size: tuple[int, int] = (28, 28)
-    epochs: int = 100
+    steps: int = 20_000
     batch_size: int = 64
-    preview_every: int = 1
 
 
 LATENT_DIM = Option("latent_dim", 100, "length of the generator's noise")
@@ -202,6 +201,5 @@ SYSTEMS: dict[str, System] = {
         build=_denoiser,
         options=(Option("width", 128, "channels between the convolutions"), *PROCESS),
         sampling=SAMPLER,
-        preview_every=10,
     ),
 }

@@ -38,6 +38,7 @@ from mlx_impl.systems import SYSTEMS, Settings, Training
 from mlx_impl.training import compile_step
 
 PREVIEW = 64  # images in a preview
+PREVIEWS = 20  # at most in a run, unless it says how often
 CHUNK = 64  # images that are sampled at a time
 
 SAVE_EVERY = 10.0
@@ -218,12 +219,12 @@ def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
         "image_size": entry.image_size,
         "channels": None,
         "limit": None,
-        "epochs": entry.epochs,
-        "steps": None,
+        "epochs": None,
+        "steps": None if "epochs" in given else entry.steps,
         "batch_size": entry.batch_size,
         "learning_rate": None,
         "seed": 0,
-        "preview_every": entry.preview_every,
+        "preview_every": None,
         **{option.name: option.default for option in entry.options},
         **given,
     }
@@ -234,6 +235,10 @@ def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
     labels = dataset.labels
     config["classes"] = None if labels is None else int(labels.max()) + 1
     config["images"] = len(dataset.images)
+    if config["preview_every"] is None:
+        batches = max(config["images"] // config["batch_size"], 1)
+        epochs = config["epochs"] or config["steps"] / batches
+        config["preview_every"] = math.ceil(epochs / PREVIEWS)
     config["fingerprint"] = _fingerprint(dataset)
     config["versions"] = {
         "python": sys.version.split()[0],
@@ -257,8 +262,8 @@ def old_config(run: Run, system: str, given: Settings) -> tuple[Settings, Datase
                 f"{_plain(given[name])}: leave --{name.replace('_', '-')} out, or start another "
                 "run with it"
             )
-    if "epochs" in given:
-        config["steps"] = None
+    if "epochs" in given or "steps" in given:
+        config |= {"epochs": None, "steps": None}
     config |= {name: given[name] for name in LENGTH if name in given}
     dataset = _load(config)
     if _fingerprint(dataset) != config["fingerprint"]:
