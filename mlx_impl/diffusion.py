@@ -357,13 +357,13 @@ def ddim_step(
         x0 = mx.clip(x0, -1, 1)
         epsilon = predict_epsilon(schedule, x_t, timesteps, x0, "x0")
     kept = schedule.alphas_cumprod_prev
-    variance = eta**2 * schedule.posterior_variance
-    direction = np.sqrt(np.maximum(1 - kept - variance, 0))  # rounding may leave -1e-17
+    # Of the variance at the step before, this share is drawn anew; ε points the way to the rest.
+    share = np.minimum(eta**2 * schedule.betas / (1 - schedule.alphas_cumprod), 1)
     mean = (
         _at(schedule, np.sqrt(kept), timesteps, x_t) * x0
-        + _at(schedule, direction, timesteps, x_t) * epsilon
+        + _at(schedule, np.sqrt((1 - kept) * (1 - share)), timesteps, x_t) * epsilon
     )
-    return _add_noise(schedule, mean, np.sqrt(variance), timesteps, noise)
+    return _add_noise(schedule, mean, np.sqrt((1 - kept) * share), timesteps, noise)
 
 
 def ddpm_sample(
@@ -564,7 +564,8 @@ def _spaced(timesteps: int, steps: int, spacing: Spacing) -> np.ndarray:
     if spacing == "leading":
         return np.arange(steps)[::-1] * (timesteps // steps)
     if spacing == "linspace":
-        return np.rint(np.linspace(timesteps - 1, 0, steps)).astype(int)
+        down = np.arange(steps) * (timesteps - 1) / max(steps - 1, 1)
+        return np.rint(timesteps - 1 - down).astype(int)
     if spacing == "trailing":
         return np.rint(timesteps - np.arange(steps) * timesteps / steps).astype(int) - 1
     raise _unknown("spacing", spacing, SPACINGS)
