@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from rich.console import Console
 
-from benchmarks import contenders, history, machine, summary
+from benchmarks import capture, contenders, history, machine, summary
 from benchmarks.summary import Rounds
 from benchmarks.systems import Subject
 from mlx_impl.data import load_images
@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--data", default="digits", help="digits, mnist, or the path of an IDX file")
     group.addoption("--quick", action="store_true", help="fewer rounds, a smaller parity gate")
     group.addoption("--batch-size", type=_positive, help="images in a step (64, fewer on a CPU)")
+    group.addoption(
+        "--metal-capture",
+        metavar="FOLDER",
+        help="on a Mac: a GPU trace of one compiled step of each system, for Xcode; not timed",
+    )
     group.addoption("--torch-compile", action="store_true", help="time torch.compile as well")
 
 
@@ -50,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
             load_images(option.data, (28, 28))
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise pytest.UsageError(f"--data: {error}") from error
+    if option.metal_capture:
+        try:
+            capture.check(option.metal_capture)
+        except (OSError, RuntimeError) as error:
+            raise pytest.UsageError(f"--metal-capture: {error}") from error
     if option.benchmark_storage == "file://./.benchmarks":
         option.benchmark_storage = f"file://./{REPORTS}/benchmarks"
     if option.benchmark_enable and not option.benchmark_save:
@@ -57,6 +67,12 @@ def pytest_configure(config: pytest.Config) -> None:
         option.benchmark_save_data = True
     if not option.benchmark_verbose:
         option.benchmark_quiet = True  # its table has every block; ours has the result
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A step that is traced is not timed, and one that is timed is not traced."""
+    tracing = bool(config.getoption("--metal-capture"))
+    items[:] = [item for item in items if ("test_metal_capture" in item.name) == tracing]
 
 
 _blas = pytest.StashKey[Any]()

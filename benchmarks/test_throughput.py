@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import contenders, machine, systems
+from benchmarks import capture, contenders, machine, systems
 from benchmarks.contenders import ARMS, SAME_AS, Contender
 from benchmarks.systems import Subject
 
@@ -79,6 +79,12 @@ class Ring:
         """In a round: the same for all arms, so that each begins as often."""
         warm = self.contenders["mlx-compiled"].info["warm_ms"] / 1e3
         return min(LONGEST_ROUND, max(1, math.ceil(SAMPLE_SECONDS / warm)))
+
+
+@pytest.mark.parametrize("subject", systems.SUBJECTS, ids=lambda subject: subject.name)
+def test_metal_capture(ring: Ring, subject: Subject, request: pytest.FixtureRequest) -> None:
+    folder = request.config.getoption("--metal-capture")
+    assert capture.trace(subject.name, folder, ring.get(subject, "mlx-compiled").step).exists()
 
 
 @pytest.fixture(scope="session")
