@@ -3,6 +3,8 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_impl.convolution import conv2d, conv_transpose2d
+
 
 class Linear(nn.Linear):
     """``nn.Linear``, faster to train with on the CPU: (..., in) to (..., out), same parameters.
@@ -34,8 +36,24 @@ def leaky_relu(x: mx.array, negative_slope: float = 0.01) -> mx.array:
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d``: (N, H, W, in) to (N, H', W', out), same arguments and parameters."""
+    """``nn.Conv2d`` with gradients on fast routes: (N, H, W, in) to (N, H', W', out).
+
+    Same arguments and parameters, same results; see :mod:`mlx_impl.convolution`.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = conv2d(x, self.weight, self.stride, self.padding, self.dilation, self.groups)
+        return y + self.bias if "bias" in self else y
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d``: (N, H, W, in) to (N, H', W', out), same arguments and parameters."""
+    """``nn.ConvTranspose2d`` with gradients on fast routes: (N, H, W, in) to (N, H', W', out).
+
+    Same arguments and parameters, same results; see :mod:`mlx_impl.convolution`.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = conv_transpose2d(
+            x, self.weight, self.stride, self.padding, self.dilation, self.output_padding
+        )
+        return y + self.bias if "bias" in self else y

@@ -1,0 +1,455 @@
+"""Two-dimensional convolutions whose gradients, of every order, stay on fast operations.
+
+A convolution is linear in its image and in its kernel. Pair its result with a third array, and
+``<conv(image, kernel), result>`` is linear in all three; its three partial derivatives are
+
+    conv(image, kernel) -> result         a convolution,
+    by_image(result, kernel) -> image     its adjoint: what a transposed convolution computes,
+    by_kernel(image, result) -> kernel    the gradient of the kernel.
+
+The derivatives of each of the three are the other two. So three fast operations, each with the
+others as its gradients, are all that first derivatives need, and second ones (a gradient penalty),
+and third. A transposed convolution is ``by_image`` with the kernel's channels exchanged.
+
+Each of the three can take one of several routes (:data:`ROUTES`); :func:`choose` picks it, and
+tells what is slow in MLX otherwise.
+
+Sources
+    Dumoulin and Visin 2016, "A guide to convolution arithmetic for deep learning" (arXiv
+    1603.07285): sizes, and the transposed convolution as an adjoint. Chellapilla et al. 2006, "High
+    Performance Convolutional Neural Networks for Document Processing": patches times kernel.
+    Vasudevan et al. 2017 (arXiv 1704.04428): one product for each tap of the kernel, no patches.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from itertools import product
+from math import prod
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+Pair = tuple[int, int]
+BilinearMap = Callable[[mx.array, mx.array], mx.array]
+
+
+class Geometry(NamedTuple):
+    """What a convolution's index arithmetic depends on; every pair is (vertical, horizontal)."""
+
+    image: Pair
+    result: Pair
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+
+    def reach(self, axis: int) -> int:
+        """Extent of the dilated kernel along one axis."""
+        return self.dilation[axis] * (self.kernel[axis] - 1) + 1
+
+    def seen(self, axis: int) -> int:
+        """How much of the padded image some result depends on, along one axis."""
+        return self.stride[axis] * (self.result[axis] - 1) + self.reach(axis)
+
+
+class Maps(NamedTuple):
+    """The three maps of one convolution; images and results are (N, H, W, C), kernels MLX's."""
+
+    conv: BilinearMap
+    by_image: BilinearMap
+    by_kernel: BilinearMap
+
+
+def _pair(value: int | tuple[int, ...]) -> Pair:
+    return (value, value) if isinstance(value, int) else cast(Pair, tuple(value))
+
+
+# --- MLX's own operations -------------------------------------------------------------------------
+
+
+def _adjoint_maps(g: Geometry) -> Maps:
+    """Each of the three as the MLX operation that is fast on a GPU.
+
+    Autodiff of ``mx.conv_transpose2d`` would make its kernel's gradient a convolution with a
+    dilated kernel of the whole image's size, which no fast kernel takes. The gradient of
+    ``mx.conv2d`` by its kernel is one that cuDNN knows.
+    """
+
+    def conv(image: mx.array, kernel: mx.array) -> mx.array:
+        y = mx.conv2d(image, kernel, g.stride, g.padding, g.dilation, g.groups)
+        return y[:, : g.result[0], : g.result[1]]
+
+    def by_image(result: mx.array, kernel: mx.array) -> mx.array:
+        return _vjp(lambda x: conv(x, kernel), _shape_of_image(g, result, kernel), result)
+
+    def by_kernel(image: mx.array, result: mx.array) -> mx.array:
+        return _vjp(lambda w: conv(image, w), _shape_of_kernel(g, image, result), result)
+
+    return Maps(conv, by_image, by_kernel)
+
+
+def _vjp(linear: Callable[[mx.array], mx.array], shape: list[int], cotangent: mx.array) -> mx.array:
+    """The adjoint of a linear map. Where it is taken does not matter, and is never computed."""
+    anywhere = mx.zeros(shape, cotangent.dtype)
+    return mx.vjp(linear, [anywhere], [cotangent])[1][0]
+
+
+def _shape_of_image(g: Geometry, result: mx.array, kernel: mx.array) -> list[int]:
+    return [result.shape[0], *g.image, kernel.shape[3] * g.groups]
+
+
+def _shape_of_kernel(g: Geometry, image: mx.array, result: mx.array) -> list[int]:
+    return [result.shape[3], *g.kernel, image.shape[3] // g.groups]
+
+
+# --- Lowered to matrix products -------------------------------------------------------------------
+#
+# Trailing comments give shapes: N images of C channels, H x W; N results of O channels, h x w; K x
+# L taps of the kernel; G groups; S x T strides.
+
+
+def _fitted(image: mx.array, size: Pair, before: Pair) -> mx.array:
+    """The image within ``size`` zeros, ``before`` from the top left; what lies outside is cut."""
+    cut = [slice(max(0, -b), max(0, s - b)) for s, b in zip(size, before, strict=True)]
+    image = image[:, cut[0], cut[1]]
+    widths = [(0, 0)] * 4
+    for axis in (0, 1):
+        low = max(0, before[axis])
+        widths[1 + axis] = (low, size[axis] - low - image.shape[1 + axis])
+    return mx.pad(image, widths) if any(max(w) for w in widths) else image
+
+
+def _patches_maps(g: Geometry) -> Maps:
+    """One product: each result's patch of the image, laid out as a row, times the kernel."""
+    (K, L), (S, T), (h, w) = g.kernel, g.stride, g.result
+    H, W = g.seen(0), g.seen(1)
+
+    def patches(image: mx.array) -> mx.array:
+        N, C = image.shape[0], image.shape[3]
+        padded = _fitted(image, (H, W), g.padding)  # (N, H, W, C)
+        shape = [g.groups, N, h, w, K, L, C // g.groups]
+        row = W * C
+        steps = [C // g.groups, H * row, S * row, T * C, g.dilation[0] * row, g.dilation[1] * C, 1]
+        rows = mx.as_strided(padded, shape, steps)  # (G, N, h, w, K, L, C / G), a view
+        return rows.reshape(g.groups, N * h * w, -1)
+
+    def grouped(result: mx.array) -> mx.array:
+        flat = result.reshape(-1, g.groups, result.shape[3] // g.groups)
+        return flat.swapaxes(0, 1)  # (G, N h w, O / G)
+
+    def conv(image: mx.array, kernel: mx.array) -> mx.array:
+        y = patches(image) @ kernel.reshape(g.groups, kernel.shape[0] // g.groups, -1).swapaxes(
+            1, 2
+        )
+        return y.swapaxes(0, 1).reshape(image.shape[0], h, w, kernel.shape[0])
+
+    def by_image(result: mx.array, kernel: mx.array) -> mx.array:
+        N, c = result.shape[0], kernel.shape[3]
+        rows = grouped(result) @ kernel.reshape(g.groups, kernel.shape[0] // g.groups, -1)
+        rows = rows.reshape(g.groups * N * h, w, K, L * c)
+        # Patches overlap: add them up along one axis, then along the other.
+        rows = rows.swapaxes(1, 2).reshape(g.groups, N, h, K, w * L * c)
+        y = _overlap_add(rows, S, g.dilation[0]).reshape(g.groups, N, H, w, L, c)
+        y = _overlap_add(y, T, g.dilation[1])  # (G, N, H, W, c)
+        y = y.reshape(g.groups, N, H, W, c).transpose(1, 2, 3, 0, 4).reshape(N, H, W, g.groups * c)
+        return _fitted(y, g.image, (-g.padding[0], -g.padding[1]))
+
+    def by_kernel(image: mx.array, result: mx.array) -> mx.array:
+        kernel = grouped(result).swapaxes(1, 2) @ patches(image)  # (G, O / G, K L C / G)
+        return kernel.reshape(_shape_of_kernel(g, image, result))
+
+    return Maps(conv, by_image, by_kernel)
+
+
+def _overlap_add(pieces: mx.array, stride: int, dilation: int) -> mx.array:
+    """(..., n, taps, c) to (..., stride (n - 1) + dilation (taps - 1) + 1, c).
+
+    Tap k of piece i is added at ``stride i + dilation k``. Places of one remainder by the stride
+    are neighbours in a plane of their own, so that no addition skips through memory.
+    """
+    n, taps, c = pieces.shape[-3:]
+    length = stride * (n - 1) + dilation * (taps - 1) + 1
+    rows = -(-length // stride)
+    lead = [(0, 0)] * (pieces.ndim - 3)
+    planes: dict[int, mx.array] = {}
+    for k in range(taps):
+        shift, plane = divmod(dilation * k, stride)
+        piece = mx.pad(pieces[..., k, :], [*lead, (shift, rows - n - shift), (0, 0)])
+        planes[plane] = planes[plane] + piece if plane in planes else piece
+    zero = mx.zeros_like(planes[0])
+    stacked = mx.stack([planes.get(p, zero) for p in range(stride)], axis=-2)
+    return stacked.reshape(*pieces.shape[:-3], rows * stride, c)[..., :length, :]
+
+
+def _taps_maps(g: Geometry) -> Maps:
+    """A product for each tap of the kernel, of the image's pixels as they lie in memory.
+
+    With the pixels of all padded images counted through, a tap is a constant shift. Rows run on
+    into the next row there, and what is computed across the border is dropped. A stride first
+    sorts the pixels into planes by their remainders. Nothing is laid out K L times.
+    """
+    (K, L), (S, T), (h, w) = g.kernel, g.stride, g.result
+    H, W = -(-g.seen(0) // S), -(-g.seen(1) // T)  # of one plane
+    taps = []
+    for i, j in product(range(K), range(L)):
+        (down, s), (right, t) = divmod(g.dilation[0] * i, S), divmod(g.dilation[1] * j, T)
+        taps.append((i, j, s, t, down * W + right))
+    last = max(shift for *_, shift in taps)
+
+    def planes(image: mx.array) -> mx.array:
+        N, C = image.shape[0], image.shape[3] // g.groups
+        padded = _fitted(image, (H * S, W * T), g.padding)
+        split = padded.reshape(N, H, S, W, T, g.groups, C).transpose(2, 4, 5, 0, 1, 3, 6)
+        return split.reshape(S, T, g.groups, N * H * W, C)
+
+    def grid(result: mx.array, blank: int) -> mx.array:
+        """(G, rows, O / G): the results at the top left of planes of zeros, after blank ones."""
+        widths = [(blank, 0), (0, H - h), (0, W - w), (0, 0)]
+        rows = mx.pad(result, widths).reshape(-1, g.groups, result.shape[3] // g.groups)
+        return rows.swapaxes(0, 1) if g.groups == 1 else mx.contiguous(rows.swapaxes(0, 1))
+
+    def by_tap(kernel: mx.array) -> mx.array:
+        split = kernel.reshape(g.groups, -1, K, L, kernel.shape[3]).transpose(2, 3, 0, 1, 4)
+        return mx.contiguous(split)  # (K, L, G, O / G, C / G)
+
+    def conv(image: mx.array, kernel: mx.array) -> mx.array:
+        N, f = image.shape[0], kernel.shape[0] // g.groups
+        x, of_tap = planes(image), by_tap(kernel)
+        rows = N * H * W - last
+        y: mx.array | None = None
+        for i, j, s, t, shift in taps:
+            a, b = x[s, t, :, shift : shift + rows], of_tap[i, j].swapaxes(1, 2)
+            y = a @ b if y is None else mx.addmm(y, a, b)
+        assert y is not None
+        # The last pixel of the last result is the last row: a view leaves out what is not wanted.
+        steps = [H * W * f, W * f, f, rows * f, 1]
+        return mx.as_strided(y, [N, h, w, g.groups, f], steps).reshape(N, h, w, g.groups * f)
+
+    def by_image(result: mx.array, kernel: mx.array) -> mx.array:
+        N, c = result.shape[0], kernel.shape[3]
+        y, of_tap = grid(result, 1), by_tap(kernel)
+        rows = N * H * W
+        x: dict[Pair, mx.array] = {}
+        for i, j, s, t, shift in taps:
+            start = H * W - shift
+            a, b = y[:, start : start + rows], of_tap[i, j]
+            x[s, t] = mx.addmm(x[s, t], a, b) if (s, t) in x else a @ b
+        blank = mx.zeros_like(x[0, 0])
+        both = mx.stack([x.get((s, t), blank) for s in range(S) for t in range(T)])
+        both = both.reshape(S, T, g.groups, N, H, W, c).transpose(3, 4, 0, 5, 1, 2, 6)
+        whole = both.reshape(N, H * S, W * T, g.groups * c)
+        return _fitted(whole, g.image, (-g.padding[0], -g.padding[1]))
+
+    def by_kernel(image: mx.array, result: mx.array) -> mx.array:
+        x, y = planes(image), grid(result, 0).swapaxes(1, 2)
+        rows = y.shape[2] - last
+        # Blocks of rows small enough for a core's cache, where every tap finds them again.
+        block = max(1, _CACHED // (x.shape[4] + y.shape[1]))
+        found: list[mx.array] = []
+        for n, (_, _, s, t, shift) in enumerate(taps * -(-rows // block)):
+            start, tap = divmod(n, len(taps))
+            stop = min(rows, (start + 1) * block)
+            a = y[:, :, start * block : stop]
+            b = x[s, t, :, start * block + shift : stop + shift]
+            if start == 0:
+                found.append(a @ b)  # (G, O / G, C / G)
+            else:
+                found[tap] = mx.addmm(found[tap], a, b)
+        return mx.stack(found, axis=2).reshape(_shape_of_kernel(g, image, result))
+
+    return Maps(conv, by_image, by_kernel)
+
+
+_CACHED = 1 << 19  # floats: half of a usual core's second-level cache of a few MiB
+
+
+# --- Which route ----------------------------------------------------------------------------------
+
+_BUILD = {"adjoint": _adjoint_maps, "patches": _patches_maps, "taps": _taps_maps}
+
+#: "native": ``mx.conv2d`` and ``mx.conv_transpose2d`` with MLX's own gradients. "adjoint": the
+#: three maps as MLX operations, "patches" and "taps": as matrix products. "auto": see choose().
+ROUTES = ("auto", "native", *_BUILD)
+
+_forced = os.environ.get("CONVOLUTION_ROUTE", "auto")
+if _forced not in ROUTES:
+    raise ValueError(f"CONVOLUTION_ROUTE={_forced!r} is none of {', '.join(ROUTES)}")
+
+
+@contextmanager
+def route(name: str) -> Iterator[None]:
+    """Send every convolution called within this context, and its gradients, one route.
+
+    ``name`` is one of :data:`ROUTES`, all of which give the same results on every backend;
+    ValueError for another. A step compiled before keeps the routes of its trace. For a whole
+    process: the environment variable ``CONVOLUTION_ROUTE``.
+    """
+    global _forced
+    if name not in ROUTES:
+        raise ValueError(f"route {name!r} is none of {', '.join(ROUTES)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend() -> str:
+    """ "cpu", "cuda" or "metal": where MLX's default device is."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def choose(backend: str, map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
+    """The fastest route for one map (a field of :class:`Maps`); ``channels``: of image and result.
+
+    Measured by ``benchmarks/test_convolution.py``, which prints every route beside the others.
+
+    Metal: native, until a measurement there says otherwise.
+
+    CUDA: adjoint. MLX's gradient of ``conv_transpose2d`` by its kernel takes 9 to 41 ms on an H100
+    at the sizes of a 64 x 64 GAN, where PyTorch takes half a millisecond for everything.
+
+    CPU: MLX multiplies patches with the kernel, which is fast, only where nothing is dilated.
+    The gradient of a strided convolution, a transposed convolution and both of its gradients
+    dilate the one array or the other, and run as a scalar loop: up to hundreds of times slower. Of
+    the others the cheapest is taken, by a model of what each does beside its multiplications:
+    copy patches out, add patches up, or pass over the image once a tap.
+    """
+    if backend != "cpu":
+        return "native" if backend == "metal" else "adjoint"
+    costs = _costs(map_name, g, batch, channels)
+    return min(costs, key=lambda name: costs[name])
+
+
+def _costs(map_name: str, g: Geometry, batch: int, channels: Pair) -> dict[str, float]:
+    """Nanoseconds on one core beyond the multiplications that every route does, by route."""
+    (C, F), taps = channels, prod(g.kernel)
+    pixels = batch * prod(g.result)
+    plane = batch * prod(-(-g.seen(axis) // g.stride[axis]) for axis in (0, 1))
+    products = pixels * taps * C * F / g.groups
+    kernel = taps * C * F / g.groups
+
+    def copied(elements: int) -> float:
+        """Patches laid out. Beyond 32 MiB the allocator takes every page from the system anew."""
+        return elements * (1.1 if elements < 1 << 23 else 3.0)
+
+    costs = {
+        # One pass over both sides a tap; more rows than pixels; a longer product does better.
+        "taps": 0.4 * taps * plane * (C + F)
+        + 0.015 * products * (plane / pixels - 1 + 0.12)
+        + kernel,
+        "patches": 5.0 * pixels * taps * C if map_name == "by_image" else copied(pixels * taps * C),
+    }
+    undilated = g.groups == 1 and g.dilation == (1, 1)
+    if undilated and map_name != "by_image":
+        costs["adjoint"] = 0.99 * costs["patches"]  # the same, in one operation
+    elif undilated and g.stride == (1, 1):
+        # A convolution by the kernel turned over, which is copied against its order.
+        costs["adjoint"] = copied(batch * prod(g.image) * taps * F) + 5.0 * kernel
+    return costs
+
+
+@lru_cache(maxsize=1024)
+def _differentiable(g: Geometry, backend: str, route: str) -> Maps:
+    """The three maps, each with the other two as its gradients."""
+    built = {name: build(g) for name, build in _BUILD.items()}
+
+    def routed(map_name: str) -> BilinearMap:
+        def run(a: mx.array, b: mx.array) -> mx.array:
+            image, result = {
+                "conv": (a.shape[3], b.shape[0]),
+                "by_image": (b.shape[3] * g.groups, b.shape[0]),
+                "by_kernel": (a.shape[3], b.shape[3]),
+            }[map_name]
+            name = route
+            if route == "auto":
+                name = choose(backend, map_name, g, a.shape[0], (image, result))
+            return cast(mx.array, getattr(built[name], map_name)(a, b))
+
+        return run
+
+    maps = Maps(*(cast(BilinearMap, mx.custom_function(routed(name))) for name in Maps._fields))
+
+    def gradients(of: BilinearMap, by_first: BilinearMap, by_second: BilinearMap) -> None:
+        def vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> object:
+            return by_first(cotangent, primals[1]), by_second(primals[0], cotangent)
+
+        of.vjp(vjp)  # type: ignore[attr-defined]
+
+    conv, by_image, by_kernel = maps
+    gradients(conv, by_image, by_kernel)
+    gradients(by_image, conv, lambda result, image: by_kernel(image, result))
+    gradients(by_kernel, lambda kernel, result: by_image(result, kernel), conv)
+    return maps
+
+
+def conv2d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> mx.array:
+    """``mx.conv2d``: (N, H, W, C) and (O, K, L, C / groups) to (N, h, w, O).
+
+    What MLX refuses is refused with MLX's own error.
+    """
+    s, p, d = _pair(stride), _pair(padding), _pair(dilation)
+    where = backend()
+    fits = x.ndim == weight.ndim == 4 and groups > 0 and min(*s, *d) > 0 and min(p) >= 0
+    fits = fits and x.shape[3] == weight.shape[3] * groups and weight.shape[0] % groups == 0
+    if fits and _taken(where) != "native":
+        size, kernel = cast(Pair, x.shape[1:3]), cast(Pair, weight.shape[1:3])
+        h, w = ((size[i] + 2 * p[i] - d[i] * (kernel[i] - 1) - 1) // s[i] + 1 for i in (0, 1))
+        if h > 0 and w > 0 and x.size and weight.size:
+            g = Geometry(size, (h, w), kernel, s, p, d, groups)
+            return _wide(
+                lambda a, b: _differentiable(g, where, _taken(where)).conv(a, b), x, weight
+            )
+    return mx.conv2d(x, weight, s, p, d, groups)
+
+
+def conv_transpose2d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    output_padding: int | Pair = 0,
+) -> mx.array:
+    """``mx.conv_transpose2d``: (N, h, w, O) and (C, K, L, O) to (N, H, W, C).
+
+    What MLX refuses is refused with MLX's own error.
+    """
+    s, p, d, o = _pair(stride), _pair(padding), _pair(dilation), _pair(output_padding)
+    where = backend()
+    fits = x.ndim == weight.ndim == 4 and min(*s, *d) > 0 and min(*p, *o) >= 0
+    if fits and x.shape[3] == weight.shape[3] and _taken(where) != "native":
+        result, kernel = cast(Pair, x.shape[1:3]), cast(Pair, weight.shape[1:3])
+        H, W = (
+            s[i] * (result[i] - 1) - 2 * p[i] + d[i] * (kernel[i] - 1) + 1 + o[i] for i in (0, 1)
+        )
+        if H > 0 and W > 0 and x.size and weight.size:
+            g = Geometry((H, W), result, kernel, s, p, d, 1)
+            by_image = _differentiable(g, where, _taken(where)).by_image
+            return _wide(lambda a, b: by_image(a, b.transpose(3, 1, 2, 0)), x, weight)
+    return mx.conv_transpose2d(x, weight, s, p, d, o)
+
+
+def _taken(where: str) -> str:
+    """The route to take; "auto" is "native" where every map would be."""
+    return "native" if _forced == "auto" and where == "metal" else _forced
+
+
+def _wide(function: BilinearMap, x: mx.array, weight: mx.array) -> mx.array:
+    """Half precision in single on a CPU, whose products of halves are slow; as MLX does there."""
+    dtype = mx.result_type(x, weight)
+    if backend() != "cpu" or dtype not in (mx.float16, mx.bfloat16):
+        return function(x, weight)
+    return function(x.astype(mx.float32), weight.astype(mx.float32)).astype(dtype)
