@@ -11,8 +11,8 @@ The derivatives of each of the three are the other two. So three fast operations
 others as its gradients, are all that first derivatives need, and second ones (a gradient penalty),
 and third. A transposed convolution is ``by_image`` with the kernel's channels exchanged.
 
-Each of the three can take one of several routes (:data:`ROUTES`); :func:`choose` picks it, and
-tells what is slow in MLX otherwise.
+Each of the three can take one of several routes (:data:`ROUTES`). :func:`choose` picks one by the
+backend and tells what is slow in MLX otherwise; :func:`cheapest` by the geometry, on a CPU.
 
 Sources
     Dumoulin and Visin 2016, "A guide to convolution arithmetic for deep learning" (arXiv
@@ -270,9 +270,10 @@ _CACHED = 1 << 19  # floats: half of a usual core's second-level cache of a few 
 
 _BUILD = {"adjoint": _adjoint_maps, "patches": _patches_maps, "taps": _taps_maps}
 
-#: "native": ``mx.conv2d`` and ``mx.conv_transpose2d`` with MLX's own gradients. "adjoint": the
-#: three maps as MLX operations, "patches" and "taps": as matrix products. "auto": see choose().
-ROUTES = ("auto", "native", *_BUILD)
+ROUTES = ("auto", "native", "cheapest", *_BUILD)
+"""``native``: ``mx.conv2d`` and ``mx.conv_transpose2d`` with MLX's own gradients. The rest are the
+three maps: ``adjoint`` as MLX operations, ``patches`` and ``taps`` as matrix products, ``cheapest``
+as whichever of these :func:`cheapest` says, for each map. ``auto``: as :func:`choose` says."""
 
 _forced = os.environ.get("CONVOLUTION_ROUTE", "auto")
 if _forced not in ROUTES:
@@ -283,9 +284,9 @@ if _forced not in ROUTES:
 def route(name: str) -> Iterator[None]:
     """Send every convolution called within this context, and its gradients, one route.
 
-    ``name`` is one of :data:`ROUTES`, all of which give the same results on every backend;
-    ValueError for another. A step compiled before keeps the routes of its trace. For a whole
-    process: the environment variable ``CONVOLUTION_ROUTE``.
+    ``name`` is one of :data:`ROUTES`; all of them work on every backend. ValueError for another. A
+    step compiled before keeps the routes of its trace. For a whole process there is the environment
+    variable ``CONVOLUTION_ROUTE``.
     """
     global _forced
     if name not in ROUTES:
@@ -298,78 +299,78 @@ def route(name: str) -> Iterator[None]:
 
 
 def backend() -> str:
-    """ "cpu", "cuda" or "metal": where MLX's default device is."""
+    """Where MLX's default device is: cpu, cuda or metal."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def choose(backend: str, map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
-    """The fastest route for one map (a field of :class:`Maps`); ``channels``: of image and result.
-
-    Measured by ``benchmarks/test_convolution.py``, which prints every route beside the others.
+def choose(backend: str, native_is_right: bool = True) -> str:
+    """The fastest route that is right, by what ``benchmarks/test_convolution.py`` measures.
 
     Metal: native, until a measurement there says otherwise.
 
     CUDA: adjoint. MLX's gradient of ``conv_transpose2d`` by its kernel takes 9 to 41 ms on an H100
     at the sizes of a 64 x 64 GAN, where PyTorch takes half a millisecond for everything.
 
-    CPU: MLX multiplies patches with the kernel, which is fast, only where nothing is dilated.
-    The gradient of a strided convolution, a transposed convolution and both of its gradients
-    dilate the one array or the other, and run as a scalar loop: up to hundreds of times slower. Of
-    the others the cheapest is taken, by a model of what each does beside its multiplications:
-    copy patches out, add patches up, or pass over the image once a tap.
+    CPU: cheapest. MLX multiplies patches with the kernel, which is fast, only where nothing is
+    dilated. The gradient of a strided convolution by its image, a transposed convolution and its
+    gradient by the kernel dilate one array by the stride, and run as a scalar loop.
     """
-    if backend != "cpu":
-        return "native" if backend == "metal" else "adjoint"
-    costs = _costs(map_name, g, batch, channels)
+    if backend == "metal":
+        return "native" if native_is_right else "adjoint"
+    return "cheapest" if backend == "cpu" else "adjoint"
+
+
+def cheapest(map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
+    """The route that a CPU takes for one map, a field of :class:`Maps`, at these sizes.
+
+    ``channels`` are the image's and the result's. By a model of what each route does beside the
+    multiplications that all do, in nanoseconds on one core (EPYC 9004, OpenBLAS): copy patches out,
+    add patches up, or pass over both sides once a tap. Few channels on either side favour patches
+    of that side; many on both favour taps.
+    """
+    (C, F), taps = channels, prod(g.kernel)
+    pixels = batch * prod(g.result)
+    kernel = taps * C * F // g.groups
+    rows = batch * prod(-(-g.seen(axis) // g.stride[axis]) for axis in (0, 1))
+
+    def copied(elements: int) -> float:
+        """Beyond 32 MiB the allocator has every page from the system anew."""
+        return elements * (1.1 if elements < 1 << 23 else 3.0)
+
+    more_products = pixels * kernel * (rows / pixels - 1)
+    costs = {
+        # Its products are shorter, which makes them an eighth slower.
+        "taps": 0.4 * taps * rows * (C + F) + 0.015 * (more_products + pixels * kernel / 8) + kernel
+    }
+    if map_name == "by_image":
+        costs["patches"] = 5.0 * pixels * taps * C
+    else:
+        costs["patches"] = copied(pixels * taps * C)
+    if g.groups == 1 and g.dilation == (1, 1):  # elsewhere MLX runs its scalar loop
+        if map_name != "by_image":
+            costs["adjoint"] = 0.99 * costs["patches"]  # the same, in one operation
+        elif g.stride == (1, 1):
+            # Patches of the result; and the kernel turned over, against its order in memory.
+            costs["adjoint"] = copied(batch * prod(g.image) * taps * F) + 5.0 * kernel
     return min(costs, key=lambda name: costs[name])
 
 
-def _costs(map_name: str, g: Geometry, batch: int, channels: Pair) -> dict[str, float]:
-    """Nanoseconds on one core beyond the multiplications that every route does, by route."""
-    (C, F), taps = channels, prod(g.kernel)
-    pixels = batch * prod(g.result)
-    plane = batch * prod(-(-g.seen(axis) // g.stride[axis]) for axis in (0, 1))
-    products = pixels * taps * C * F / g.groups
-    kernel = taps * C * F / g.groups
-
-    def copied(elements: int) -> float:
-        """Patches laid out. Beyond 32 MiB the allocator takes every page from the system anew."""
-        return elements * (1.1 if elements < 1 << 23 else 3.0)
-
-    costs = {
-        # One pass over both sides a tap; more rows than pixels; a longer product does better.
-        "taps": 0.4 * taps * plane * (C + F)
-        + 0.015 * products * (plane / pixels - 1 + 0.12)
-        + kernel,
-        "patches": 5.0 * pixels * taps * C if map_name == "by_image" else copied(pixels * taps * C),
-    }
-    undilated = g.groups == 1 and g.dilation == (1, 1)
-    if undilated and map_name != "by_image":
-        costs["adjoint"] = 0.99 * costs["patches"]  # the same, in one operation
-    elif undilated and g.stride == (1, 1):
-        # A convolution by the kernel turned over, which is copied against its order.
-        costs["adjoint"] = copied(batch * prod(g.image) * taps * F) + 5.0 * kernel
-    return costs
-
-
 @lru_cache(maxsize=1024)
-def _differentiable(g: Geometry, backend: str, route: str) -> Maps:
+def _differentiable(g: Geometry, route: str) -> Maps:
     """The three maps, each with the other two as its gradients."""
     built = {name: build(g) for name, build in _BUILD.items()}
 
     def routed(map_name: str) -> BilinearMap:
         def run(a: mx.array, b: mx.array) -> mx.array:
-            image, result = {
+            channels = {
                 "conv": (a.shape[3], b.shape[0]),
                 "by_image": (b.shape[3] * g.groups, b.shape[0]),
                 "by_kernel": (a.shape[3], b.shape[3]),
             }[map_name]
-            name = route
-            if route == "auto":
-                name = choose(backend, map_name, g, a.shape[0], (image, result))
-            return cast(mx.array, getattr(built[name], map_name)(a, b))
+            taken = cheapest(map_name, g, a.shape[0], channels) if route == "cheapest" else route
+            return cast(mx.array, getattr(built[taken], map_name)(a, b))
 
         return run
 
@@ -401,18 +402,17 @@ def conv2d(
     What MLX refuses is refused with MLX's own error.
     """
     s, p, d = _pair(stride), _pair(padding), _pair(dilation)
-    where = backend()
-    fits = x.ndim == weight.ndim == 4 and groups > 0 and min(*s, *d) > 0 and min(p) >= 0
+    fits = x.ndim == weight.ndim == 4 and min(*s, *d, groups) > 0 and min(p) >= 0
     fits = fits and x.shape[3] == weight.shape[3] * groups and weight.shape[0] % groups == 0
-    if fits and _taken(where) != "native":
-        size, kernel = cast(Pair, x.shape[1:3]), cast(Pair, weight.shape[1:3])
-        h, w = ((size[i] + 2 * p[i] - d[i] * (kernel[i] - 1) - 1) // s[i] + 1 for i in (0, 1))
-        if h > 0 and w > 0 and x.size and weight.size:
-            g = Geometry(size, (h, w), kernel, s, p, d, groups)
-            return _wide(
-                lambda a, b: _differentiable(g, where, _taken(where)).conv(a, b), x, weight
-            )
-    return mx.conv2d(x, weight, s, p, d, groups)
+    taken = choose(backend()) if _forced == "auto" else _forced
+    if not fits or taken == "native":
+        return mx.conv2d(x, weight, s, p, d, groups)
+    image, kernel = cast(Pair, x.shape[1:3]), cast(Pair, weight.shape[1:3])
+    h, w = ((image[i] + 2 * p[i] - d[i] * (kernel[i] - 1) - 1) // s[i] + 1 for i in (0, 1))
+    if min(h, w, x.size, weight.size) < 1:
+        return mx.conv2d(x, weight, s, p, d, groups)
+    g = Geometry(image, (h, w), kernel, s, p, d, groups)
+    return _wide(_differentiable(g, taken).conv, x, weight)
 
 
 def conv_transpose2d(
@@ -428,23 +428,20 @@ def conv_transpose2d(
     What MLX refuses is refused with MLX's own error.
     """
     s, p, d, o = _pair(stride), _pair(padding), _pair(dilation), _pair(output_padding)
-    where = backend()
     fits = x.ndim == weight.ndim == 4 and min(*s, *d) > 0 and min(*p, *o) >= 0
-    if fits and x.shape[3] == weight.shape[3] and _taken(where) != "native":
-        result, kernel = cast(Pair, x.shape[1:3]), cast(Pair, weight.shape[1:3])
-        H, W = (
-            s[i] * (result[i] - 1) - 2 * p[i] + d[i] * (kernel[i] - 1) + 1 + o[i] for i in (0, 1)
-        )
-        if H > 0 and W > 0 and x.size and weight.size:
-            g = Geometry((H, W), result, kernel, s, p, d, 1)
-            by_image = _differentiable(g, where, _taken(where)).by_image
-            return _wide(lambda a, b: by_image(a, b.transpose(3, 1, 2, 0)), x, weight)
-    return mx.conv_transpose2d(x, weight, s, p, d, o)
-
-
-def _taken(where: str) -> str:
-    """The route to take; "auto" is "native" where every map would be."""
-    return "native" if _forced == "auto" and where == "metal" else _forced
+    if not fits or x.shape[3] != weight.shape[3]:
+        return mx.conv_transpose2d(x, weight, s, p, d, o)
+    result, kernel = cast(Pair, x.shape[1:3]), cast(Pair, weight.shape[1:3])
+    reach = [d[i] * (kernel[i] - 1) for i in (0, 1)]
+    H, W = (s[i] * (result[i] - 1) - 2 * p[i] + reach[i] + 1 + o[i] for i in (0, 1))
+    # MLX 0.32 gets the input's gradient wrong in the first case and the result in the second.
+    right = all(o[i] <= p[i] <= reach[i] for i in (0, 1))
+    taken = choose(backend(), right) if _forced == "auto" else _forced
+    if min(H, W, x.size, weight.size) < 1 or taken == "native":
+        return mx.conv_transpose2d(x, weight, s, p, d, o)
+    g = Geometry((H, W), result, kernel, s, p, d, 1)
+    by_image = _differentiable(g, taken).by_image
+    return _wide(lambda a, b: by_image(a, b.transpose(3, 1, 2, 0)), x, weight)
 
 
 def _wide(function: BilinearMap, x: mx.array, weight: mx.array) -> mx.array:

@@ -1,0 +1,259 @@
+"""Convolutions by every route: PyTorch's numbers, MLX's own interface, and MLX's own defects.
+
+The layers climb the ladder as cases (tests/cases/convolution.py); here are the maps beneath them.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_impl import convolution, layers
+from mlx_impl.convolution import Geometry, Maps, cheapest, choose, conv2d, conv_transpose2d, route
+from tests.cases.convolution import geometries
+from tests.frameworks import run
+
+LOWERED = ("patches", "taps")
+DOUBLE = 2.0**-53
+
+
+def geometry(shape) -> Geometry:
+    names = ("image", "result", "kernel", "stride", "padding", "dilation")
+    return Geometry(*(shape[n] for n in names), shape.get("groups", 1))
+
+
+def arrays(shape, seed=0, dtype=np.float64):
+    """An image, a kernel and a result in MLX's layouts."""
+    rng = np.random.default_rng(seed)
+    c, f, g = shape["channels"], shape["filters"], shape.get("groups", 1)
+    image, result = ((shape["batch"], *shape[n]) for n in ("image", "result"))
+    sizes = (*image, c), (f, *shape["kernel"], c // g), (*result, f)
+    return tuple(rng.standard_normal(size).astype(dtype) for size in sizes)
+
+
+def torch_maps(g: Geometry, image, kernel, result):
+    """PyTorch's convolution and both gradients, of arrays in MLX's layouts."""
+    x, w, y = (torch.tensor(a.transpose(0, 3, 1, 2)) for a in (image, kernel, result))
+    x.requires_grad_()
+    w.requires_grad_()
+    out = torch.nn.functional.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups)
+    out = out[:, :, : g.result[0], : g.result[1]]
+    grads = torch.autograd.grad(out, (x, w), y)
+    return [t.detach().numpy().transpose(0, 2, 3, 1) for t in (out, *grads)]
+
+
+@given(st.booleans().flatmap(geometries), st.integers(0, 99))
+def test_the_lowered_maps_are_pytorchs_in_double_precision(shape, seed):
+    """Within the bound of a product of n terms in any order, ``n u |A| |B|`` (Higham, Eq. 3.13)."""
+    g, drawn = geometry(shape), arrays(shape, seed)
+    expected = torch_maps(g, *drawn)
+    sizes = torch_maps(g, *(np.abs(a) for a in drawn))
+    terms = max(a.size for a in drawn)
+    with mx.stream(mx.cpu):
+        image, kernel, result = (mx.array(a, dtype=mx.float64) for a in drawn)
+        for name in LOWERED:
+            maps = convolution._BUILD[name](g)
+            found = maps.conv(image, kernel), maps.by_image(result, kernel)
+            for ours, theirs, size in zip(
+                (*found, maps.by_kernel(image, result)), expected, sizes, strict=True
+            ):
+                assert ours.shape == theirs.shape
+                assert (np.abs(np.array(ours) - theirs) <= 2 * terms * DOUBLE * size).all(), name
+
+
+@pytest.mark.parametrize("name", convolution.ROUTES)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv2d_is_mlxs(name, groups):
+    layer = layers.Conv2d(4, 6, 3, 2, (1, 0), 2, groups)
+    plain = nn.Conv2d(4, 6, 3, 2, (1, 0), 2, groups)
+    held_alike(name, layer, plain, mx.random.normal((2, 9, 8, 4)))
+
+
+@pytest.mark.parametrize("name", convolution.ROUTES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv_transpose2d_is_mlxs(name, bias):
+    layer = layers.ConvTranspose2d(4, 6, (3, 4), 2, 1, 1, (1, 0), bias)
+    plain = nn.ConvTranspose2d(4, 6, (3, 4), 2, 1, 1, (1, 0), bias)
+    held_alike(name, layer, plain, mx.random.normal((2, 3, 5, 4)))
+
+
+def held_alike(name, layer, plain, x):
+    """Same parameters, representation, result and gradients; the route is kept for gradients."""
+    assert repr(layer).partition("(")[2] == repr(plain).partition("(")[2]
+    plain.update(layer.parameters())
+
+    def loss(module, x):
+        with route(name):
+            y = module(x)  # the gradients are taken outside
+        return (y**2).mean()
+
+    ours, theirs = (nn.value_and_grad(m, loss)(m, x) for m in (layer, plain))
+    assert mx.allclose(ours[0], theirs[0], rtol=1e-5)
+    for key, gradient in theirs[1].items():
+        assert mx.allclose(ours[1][key], gradient, atol=1e-6), key
+    dx = [mx.grad(lambda x, m=m: loss(m, x))(x) for m in (layer, plain)]
+    assert mx.allclose(*dx, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("function", [conv2d, conv_transpose2d])
+def test_halves_keep_their_type_and_are_added_up_in_single(dtype, function):
+    x, w = mx.random.normal((2, 5, 6, 3)).astype(dtype), mx.random.normal((4, 3, 3, 3))
+    with route("taps"):
+        y = function(x, w.astype(dtype), 2, 1)
+        wide = function(x.astype(mx.float32), w.astype(dtype).astype(mx.float32), 2, 1)
+        dw = mx.grad(lambda w: function(x, w, 2, 1).sum())(w.astype(dtype))
+    assert y.dtype == dw.dtype == dtype
+    if mx.default_device().type == mx.DeviceType.cpu:
+        assert mx.array_equal(y, wide.astype(dtype))
+
+
+def taken(function, *arrays):
+    """Which maps ran by which route, in the order in which MLX called for them."""
+    calls = []
+
+    def spied(name, build):
+        def make(g):
+            def spy(field, of):
+                return lambda a, b: (calls.append((name, field)), of(a, b))[1]
+
+            return Maps(*(spy(f, getattr(build(g), f)) for f in Maps._fields))
+
+        return make
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, build in convolution._BUILD.items():
+            patch.setitem(convolution._BUILD, name, spied(name, build))
+        convolution._differentiable.cache_clear()
+        function(*arrays)
+    convolution._differentiable.cache_clear()
+    return calls
+
+
+X, W = mx.zeros((1, 4, 4, 2)), mx.zeros((3, 4, 4, 2))
+
+
+@pytest.mark.parametrize("name", ["adjoint", "patches", "taps"])
+def test_a_forced_route_is_taken_by_the_gradients_too(name):
+    def loss(x):
+        with route(name):
+            return conv_transpose2d(x, W, 2, 1).sum()
+
+    assert taken(mx.grad(loss), X) == [(name, field) for field in ("by_image", "conv", "by_kernel")]
+
+
+def test_native_is_mlxs_own():
+    with route("native"):
+        assert taken(mx.grad(lambda x: conv_transpose2d(x, W, 2, 1).sum()), X) == []
+        assert taken(mx.grad(lambda x: conv2d(x, W, 2, 1).sum()), X) == []
+
+
+def test_a_route_is_left_again_after_an_error_too():
+    def fail():
+        with route("taps"):
+            assert convolution._forced == "taps"
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert convolution._forced == "auto"
+
+
+def test_an_unknown_route_is_refused(tmp_path):
+    with (
+        pytest.raises(ValueError, match="route 'fast' is none of auto, native, cheapest"),
+        route("fast"),
+    ):
+        pass
+    result = run("import mlx_impl.convolution", tmp_path, CONVOLUTION_ROUTE="fast")
+    assert "CONVOLUTION_ROUTE='fast' is none of auto, native, cheapest" in result.stderr
+    code = "from mlx_impl import convolution; print(convolution._forced)"
+    assert run(code, tmp_path, CONVOLUTION_ROUTE="taps").stdout == "taps\n"
+
+
+def test_the_choice_by_backend():
+    assert choose("metal") == "native"
+    assert choose("metal", native_is_right=False) == "adjoint"
+    assert choose("cuda") == "adjoint"
+    assert choose("cpu") == "cheapest"
+
+
+SIZES = st.sampled_from([1, 3, 32, 64, 256])
+
+
+@given(st.booleans().flatmap(geometries), st.integers(1, 64), SIZES, SIZES)
+def test_the_cheapest_is_never_the_scalar_loop(shape, batch, channels, filters):
+    g = geometry(shape)
+    sides = channels * g.groups, filters * g.groups
+    for field in Maps._fields:
+        if cheapest(field, g, batch, sides) == "adjoint":
+            assert g.groups == 1
+            assert g.dilation == (1, 1)
+            assert field != "by_image" or g.stride == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "channels", "expected"),
+    [
+        ("conv", (256, 256), (3, 64), "adjoint"),  # VGG's first layer: patches of 3 channels
+        ("by_image", (256, 256), (3, 64), "patches"),
+        ("conv", (256, 256), (64, 64), "taps"),  # its second: many channels, large images
+        ("by_kernel", (256, 256), (64, 64), "taps"),
+        ("conv", (32, 32), (512, 512), "adjoint"),  # its last: few pixels, the kernel is most
+    ],
+)
+def test_the_cheapest_was_measured(field, size, channels, expected):
+    g = Geometry(size, size, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    assert cheapest(field, g, 1, channels) == expected
+
+
+@pytest.mark.parametrize("name", convolution.ROUTES)
+def test_bad_input_gets_mlxs_own_error(name):
+    with route(name):
+        with pytest.raises(ValueError, match="input channels"):
+            conv2d(mx.zeros((1, 4, 4, 3)), W)
+        with pytest.raises(ValueError, match="input channels"):
+            conv_transpose2d(mx.zeros((1, 4, 4, 3)), W)
+        with pytest.raises(ValueError, match="Invalid weight array with 4 dimensions"):
+            conv2d(mx.zeros((4, 4, 2)), W)
+        with pytest.raises(ValueError, match="cannot be smaller than weight"):
+            conv2d(mx.zeros((1, 2, 4, 2)), W)
+
+
+def transposed_gradient(kernel, padding, output_padding):
+    """The shape of ``mx.conv_transpose2d``'s gradient by an input of 3 x 3, stride 2."""
+    w = mx.ones((1, kernel, kernel, 1))
+    arguments = 2, padding, 1, output_padding
+    x = mx.ones((1, 3, 3, 1))
+    return mx.grad(lambda x: mx.conv_transpose2d(x, w, *arguments).sum())(x).shape
+
+
+@pytest.mark.xfail(reason="MLX 0.32.4: it cuts off what it has already left out")
+def test_mlxs_input_gradient_with_more_output_padding_than_padding():
+    assert transposed_gradient(3, 0, 1) == (1, 3, 3, 1)
+
+
+@pytest.mark.xfail(reason="MLX 0.32.4: a negative padding is dropped")
+def test_mlxs_transposed_convolution_with_padding_beyond_the_kernels_reach():
+    y = mx.conv_transpose2d(mx.ones((1, 3, 3, 1)), mx.ones((1, 1, 1, 1)), 2, 1)
+    assert y.shape == (1, 3, 3, 1)
+
+
+@pytest.mark.parametrize(("kernel", "padding", "output_padding"), [(3, 0, 1), (1, 1, 0)])
+def test_where_mlx_is_wrong_the_adjoint_runs(monkeypatch, kernel, padding, output_padding):
+    monkeypatch.setattr(convolution, "backend", lambda: "metal")
+    x, w = mx.random.normal((1, 3, 3, 2)), mx.random.normal((2, kernel, kernel, 2))
+
+    def loss(x):
+        return (conv_transpose2d(x, w, 2, padding, 1, output_padding) ** 2).sum()
+
+    y = torch.tensor(np.array(x).transpose(0, 3, 1, 2), requires_grad=True)
+    kernels = torch.tensor(np.array(w).transpose(3, 0, 1, 2))
+    out = torch.nn.functional.conv_transpose2d(y, kernels, None, 2, padding, output_padding)
+    (out**2).sum().backward()
+    calls = []
+    assert {name for name, _ in taken(lambda x: calls.append(mx.grad(loss)(x)), x)} == {"adjoint"}
+    assert np.allclose(np.array(calls[0]).transpose(0, 3, 1, 2), y.grad.numpy(), atol=1e-4)
