@@ -34,6 +34,7 @@ def test_systems_climb_every_rung(case: Case):
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", SYSTEMS, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in SYSTEMS if c.cost == 1], ids=lambda c: c.name)
 def test_at_the_documents_own_size(case: Case):
+    """Not of those that are dear at drawn sizes: at their own, a trajectory takes minutes."""
     climb(case, {**case.full_size, "batch": 4}, seed=0).assert_ok()
