@@ -9,7 +9,7 @@ Sources
 
 Steps count from 0, the paper's from 1: step 0 adds the first noise, and sampling ends with it.
 Tables are made in float64 and rounded once, to the type of the images: made in float32 they are off
-by up to 1.4e-3 of themselves (004-E29). Images and noise are (B, H, W, C), timesteps are integers
+by up to 2.3e-3 of themselves (004-E29). Images and noise are (B, H, W, C), timesteps are integers
 (B,), and a model is any callable of both that returns an array of the images' shape.
 
 A timestep outside the schedule is an error wherever its value can be read. A compiled step cannot

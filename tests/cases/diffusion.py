@@ -87,7 +87,7 @@ def case(
         reference=reference.diffusion,
         port=mlx_impl.diffusion,
         inputs=inputs,
-        **{"side": "canonical", "images": IMAGES, **more},
+        **{"side": "canonical", "images": IMAGES, "cost": 10, **more},
     )
 
 
@@ -241,6 +241,7 @@ CASES = (
         training_inputs,
         side="documented",
         compile_step=compile_step,
+        cost=12,
         full_size=DOCUMENT,
     ),
     case(
@@ -260,6 +261,7 @@ CASES = (
         shapes(target=targets, decay=st.sampled_from([0.0, 0.5, 0.99, 0.9999])),
         averaged,
         training_inputs,
+        cost=25,
     ),
     case(
         "q_sample",
@@ -308,6 +310,7 @@ CASES = (
                 "noise": _noise(rng, shape),
                 "cotangent": _noise(rng, shape),
             },
+            cost=12,
         )
         for name, more in (("DDPM", {"variance": variances}), ("DDIM", {"eta": etas}))
     ),
@@ -318,6 +321,7 @@ CASES = (
             partial(_chain, name.lower()),
             _chain_inputs,
             images=IMAGES | {"z0", "z1", "z2"},
+            cost=25,
         )
         for name, more in (("DDPM", {"variance": variances}), ("DDIM", {"eta": etas}))
     ),
