@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_impl.data import load_dataset
-from mlx_impl.images import grid, write_png
+from mlx_impl.images import Images, grid, write_png
 from mlx_impl.systems import SYSTEMS, Option, Settings
 from mlx_impl.train import (
     Failed,
@@ -119,10 +119,7 @@ def parser() -> argparse.ArgumentParser:
             Option("scale", 1, "enlarge each pixel so many times", _positive),
         ),
     )
-    for sampling in dict.fromkeys(system.sampling for system in SYSTEMS.values()):
-        names = [name for name, system in SYSTEMS.items() if system.sampling == sampling]
-        if sampling:
-            _add(drawing, f"runs of {', '.join(names)}", sampling, known=drawing)
+    _add_sampling(drawing)
     drawing.add_argument("--out", metavar="FILE.png", help="default: sample.png in RUN")
     drawing.add_argument("--overwrite", action="store_true", help="replace the file")
 
@@ -138,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
         "images",
         (Option("number", 500, "how many", _positive), Option("seed", 0, "of the noise", _natural)),
     )
+    _add_sampling(scoring)
     return top
 
 
@@ -145,14 +143,10 @@ def _add(
     to: argparse.ArgumentParser,
     title: str,
     options: Sequence[Option],
-    known: argparse.ArgumentParser | None = None,
 ) -> None:
-    """Add a group of options; those that ``known`` has already are left to it."""
     group = to.add_argument_group(title)
     for option in options:
         flag = f"--{option.name.replace('_', '-')}"
-        if known is not None and flag in known._option_string_actions:
-            continue
         default = "" if option.default is None else f" (default: {option.default})"
         group.add_argument(
             flag,
@@ -161,6 +155,17 @@ def _add(
             metavar=None if option.choices else option.name.upper().split("_")[-1],
             help=option.help + default,
         )
+
+
+def _add_sampling(to: argparse.ArgumentParser) -> None:
+    """Each option of sampling once, under the systems that have it."""
+    systems: dict[Option, list[str]] = {}
+    for name, system in SYSTEMS.items():
+        for option in system.sampling:
+            systems.setdefault(option, []).append(name)
+    for names in dict.fromkeys(map(tuple, systems.values())):
+        mine = [option for option, having in systems.items() if tuple(having) == names]
+        _add(to, f"runs of {', '.join(names)}", mine)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -267,13 +272,8 @@ def sample_command(options: Settings, console: Console) -> int:
     out = Path(options.pop("out", run.folder / "sample.png"))
     overwrite = options.pop("overwrite", False)
     _check_output(out, overwrite)
-    config, training = restore(run)
-    allowed = {option.name for option in SYSTEMS[config["system"]].sampling}
-    if wrong := sorted(options.keys() - allowed):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        raise Refused(f"{run.folder} is a run of {config['system']}, which has no {flags}")
+    images, _ = _drawn(run, number, seed, options)
     with refusing(ValueError, ImportError):
-        images = sample(training, number, random_key(seed, _DRAWN_BY_USER), **options)
         write_png(out, grid(images, columns, scale=scale))
     print(out)
     return DONE
@@ -283,18 +283,25 @@ def score_command(options: Settings, console: Console) -> int:
     from mlx_impl.quality import score
 
     run = Run(options.pop("run"))
-    config, training = restore(run)
-    if config["classes"] is None:
+    number, seed = options.pop("number", 500), options.pop("seed", 0)
+    if run.read_config()["classes"] is None:
         raise Refused(f"{run.folder} was trained on images without labels, which cannot be told")
-    images = sample(
-        training,
-        options.pop("number", 500),
-        random_key(options.pop("seed", 0), _DRAWN_BY_USER),
-    )
+    images, config = _drawn(run, number, seed, options)
     with refusing(ValueError, OSError, ImportError, RuntimeError):
         dataset = load_dataset(config["data"], config["image_size"], config["channels"])
         print(score(images, dataset))
     return DONE
+
+
+def _drawn(run: Run, number: int, seed: int, options: Settings) -> tuple[Images, Settings]:
+    """Images from a run, by the sampling options given, and the run's settings."""
+    config, training = restore(run)
+    allowed = {option.name for option in SYSTEMS[config["system"]].sampling}
+    if wrong := sorted(options.keys() - allowed):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise Refused(f"{run.folder} is a run of {config['system']}, which has no {flags}")
+    with refusing(ValueError):
+        return sample(training, number, random_key(seed, _DRAWN_BY_USER), **options), config
 
 
 COMMANDS = {"train": train_command, "sample": sample_command, "score": score_command}

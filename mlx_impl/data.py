@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_impl.images import SUFFIXES, cover, read_image, to_float
+from mlx_impl.images import SUFFIXES, Pixels, cover, read_image, to_float
 
 Images = NDArray[np.float32]
 Labels = NDArray[np.int32]
 
 DATASETS = ("digits", "mnist", "photos")
+PHOTOGRAPHS = ("china", "flower")
 MNIST_FILE = "train-images-idx3-ubyte"
 PATCHES = 2048
 
@@ -118,6 +119,21 @@ def load_dataset(
     return Dataset(_convert(images, channels), None if labels is None else labels[:limit])
 
 
+def load_picture(source: str | os.PathLike[str], channels: int | None = None) -> Pixels:
+    """Bytes (H, W, C) of an image file, or of a photograph of scikit-learn's: "china", "flower".
+
+    Raises as :func:`mlx_impl.images.read_image`.
+    """
+    if source in PHOTOGRAPHS:
+        return _photographs()[PHOTOGRAPHS.index(str(source))]
+    if not Path(source).exists() and not Path(source).suffix:
+        raise FileNotFoundError(
+            f"there is no image file {source}, and no photograph of that name: "
+            f"{', '.join(PHOTOGRAPHS)}"
+        )
+    return read_image(source, channels)
+
+
 def batches(images: Images, batch_size: int, rng: np.random.Generator) -> Iterator[Images]:
     """Shuffle images (N, H, W, C) with ``rng`` and yield full batches (batch_size, H, W, C).
 
@@ -173,17 +189,22 @@ def _digits(image_size: tuple[int, int]) -> tuple[Images, Labels]:
     return (pixels / 8 - 1).astype(np.float32), scans.target.astype(np.int32)
 
 
-def _patches(n: int, image_size: tuple[int, int], seed: int) -> Images:
-    """Parts of two photographs, from a quarter as wide as the picture is high up to its height."""
+def _photographs() -> list[Pixels]:
+    """(427, 640, 3) each, in the order of their names."""
     try:
         from sklearn.datasets import load_sample_images
 
-        photographs = load_sample_images().images  # (427, 640, 3) each; read with Pillow
+        return load_sample_images().images  # read with Pillow
     except ImportError as error:
         raise ImportError(
             "the data set 'photos' needs scikit-learn and Pillow: "
             "python -m pip install scikit-learn pillow"
         ) from error
+
+
+def _patches(n: int, image_size: tuple[int, int], seed: int) -> Images:
+    """Parts of two photographs, from a quarter as wide as the picture is high up to its height."""
+    photographs = _photographs()
     rng = np.random.default_rng(seed)
     patches = []
     for i in range(n):

@@ -92,6 +92,10 @@ def adversarial(
     generator = lib.Generator(latent_dim=latent_dim, **generator_sizes, **sizes)
     discriminator = lib.Discriminator(**sizes)
 
+    generator.eval()
+    discriminator.eval()
+    discriminator(generator(mx.zeros((1, latent_dim))))  # ValueError where the sizes do not fit
+
     def draw(key: mx.array, images: mx.array, labels: mx.array | None) -> tuple[mx.array, ...]:
         return images, mx.random.normal((len(images), latent_dim), key=key)
 
@@ -163,6 +167,7 @@ def denoising(model: nn.Module, settings: Settings) -> Training:
     """A denoiser of images, and the average of its weights that is sampled from."""
     schedule, ema = schedule_of(settings), diffusion.EMA(model, settings["ema_decay"])
     image = (*settings["image_size"], settings["channels"])
+    model(mx.zeros((1, *image)), mx.zeros(1, mx.int32))  # ValueError where the sizes do not fit
 
     def draw(key: mx.array, images: mx.array, labels: mx.array | None) -> tuple[mx.array, ...]:
         for_noise, for_timesteps = mx.random.split(key)
