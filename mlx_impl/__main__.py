@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlx_impl.data import load_dataset
-from mlx_impl.images import Images, grid, write_png
-from mlx_impl.systems import SYSTEMS, Option, Settings
+from mlx_impl.data import PHOTOGRAPHS, load_picture
+from mlx_impl.images import Images, grid, plot_losses, write_losses, write_png
+from mlx_impl.systems import NEEDED, SYSTEMS, Option, Settings
 from mlx_impl.train import (
     Failed,
     Refused,
     Run,
+    load,
     new_config,
     old_config,
     random_key,
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"[red]stopped:[/] {escape(str(error))}", soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
+        console.print("interrupted")
         return INTERRUPTED
 
 
@@ -113,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
         drawing,
         "images",
         (
-            Option("number", 64, "how many", _positive),
+            Option("number", 100, "how many", _positive),
             Option("seed", 0, "of the noise", _natural),
             Option("columns", None, "in a row of the grid", _positive),
             Option("scale", 1, "enlarge each pixel so many times", _positive),
@@ -136,6 +138,26 @@ def parser() -> argparse.ArgumentParser:
         (Option("number", 500, "how many", _positive), Option("seed", 0, "of the noise", _natural)),
     )
     _add_sampling(scoring)
+
+    painting = commands.add_parser(
+        "stylize",
+        help="paint one picture in the style of another",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name in ("content", "style"):
+        painting.add_argument(
+            name, metavar=name.upper(), help=f"an image file, or {' or '.join(PHOTOGRAPHS)}"
+        )
+    painting.add_argument(
+        "--weights",
+        required=True,
+        metavar="WEIGHTS",
+        help="a file of VGG's; vgg19 or vgg16 to let torchvision download them; or random",
+    )
+    painting.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
+    painting.add_argument("--overwrite", action="store_true", help="replace the files")
+    _add(painting, "painting", PAINTING)
     return top
 
 
@@ -146,15 +168,23 @@ def _add(
 ) -> None:
     group = to.add_argument_group(title)
     for option in options:
-        flag = f"--{option.name.replace('_', '-')}"
-        default = "" if option.default is None else f" (default: {option.default})"
+        flag, shown = _flag(option.name), option.default
+        if isinstance(shown, tuple):
+            shown = ",".join(map(str, shown))
+        default = "" if shown in (None, NEEDED) else f" (default: {shown})"
         group.add_argument(
             flag,
+            dest=option.name,
+            required=shown == NEEDED,
             type=option.type,
             choices=option.choices,
-            metavar=None if option.choices else option.name.upper().split("_")[-1],
+            metavar=None if option.choices else option.name.rstrip("_").upper().split("_")[-1],
             help=option.help + default,
         )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def _add_sampling(to: argparse.ArgumentParser) -> None:
@@ -203,6 +233,19 @@ _natural.__name__ = _positive.__name__ = "whole number"  # in argparse's "invali
 _rate.__name__ = "number"
 
 
+PAINTING = (
+    Option("size", 512, "of the picture's longer side, at most"),
+    Option("steps", 500, "at each size"),
+    Option("levels", 1, "sizes, each twice the one before"),
+    Option("content_weight", 1.0, "of the content's features", float),
+    Option("style_weight", 1e3, "of the style's Gram matrices", float),
+    Option("variation_weight", 0.0, "of the differences between neighbouring pixels", float),
+    Option("learning_rate", 0.02, "how far a step moves a pixel, of 1", float),
+    Option("pooling", "avg", "of VGG; the paper found avg to look better", str, ("avg", "max")),
+    Option("seed", 0, "of random weights", _natural),
+)
+
+
 def train_command(options: Settings, console: Console) -> int:
     system, run = options.pop("system"), Run(options.pop("out"))
     resume, overwrite = options.pop("resume", False), options.pop("overwrite", False)
@@ -241,9 +284,9 @@ def train_command(options: Settings, console: Console) -> int:
                 task, description=f"epoch {epoch + 1}", completed=batch, total=batches, means=text
             )
 
-        def on_epoch(row: dict[str, str], per_second: float) -> None:
+        def on_epoch(row: dict[str, float | int], per_second: float) -> None:
             losses = {k: v for k, v in row.items() if k not in ("epoch", "step")}
-            text = "  ".join(f"{name} {float(mean):.4f}" for name, mean in losses.items())
+            text = "  ".join(f"{name} {mean:.4f}" for name, mean in losses.items())
             speed = f"  {per_second:.1f} steps/s" if per_second == per_second else ""
             console.print(f"epoch {row['epoch']:>4}  {text}{speed}", highlight=False)
 
@@ -267,11 +310,11 @@ def train_command(options: Settings, console: Console) -> int:
 
 def sample_command(options: Settings, console: Console) -> int:
     run = Run(options.pop("run"))
-    number, seed = options.pop("number", 64), options.pop("seed", 0)
+    number, seed = options.pop("number", 100), options.pop("seed", 0)
     columns, scale = options.pop("columns", None), options.pop("scale", 1)
     out = Path(options.pop("out", run.folder / "sample.png"))
     overwrite = options.pop("overwrite", False)
-    _check_output(out, overwrite)
+    _check_output(overwrite, out)
     images, _ = _drawn(run, number, seed, options)
     with refusing(ValueError, ImportError):
         write_png(out, grid(images, columns, scale=scale))
@@ -287,9 +330,9 @@ def score_command(options: Settings, console: Console) -> int:
     if run.read_config()["classes"] is None:
         raise Refused(f"{run.folder} was trained on images without labels, which cannot be told")
     images, config = _drawn(run, number, seed, options)
-    with refusing(ValueError, OSError, ImportError, RuntimeError):
-        dataset = load_dataset(config["data"], config["image_size"], config["channels"])
-        print(score(images, dataset))
+    real = load(config | {"limit": None})
+    with refusing(ValueError, ImportError):
+        print(score(images, real))
     return DONE
 
 
@@ -298,20 +341,63 @@ def _drawn(run: Run, number: int, seed: int, options: Settings) -> tuple[Images,
     config, training = restore(run)
     allowed = {option.name for option in SYSTEMS[config["system"]].sampling}
     if wrong := sorted(options.keys() - allowed):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        flags = ", ".join(map(_flag, wrong))
         raise Refused(f"{run.folder} is a run of {config['system']}, which has no {flags}")
+    real = None
+    if training.reconstruct is not None:
+        real = load(config).images
     with refusing(ValueError):
-        return sample(training, number, random_key(seed, _DRAWN_BY_USER), **options), config
+        key = random_key(seed, _DRAWN_BY_USER)
+        return sample(training, number, key, real, **options), config
 
 
-COMMANDS = {"train": train_command, "sample": sample_command, "score": score_command}
+def stylize_command(options: Settings, console: Console) -> int:
+    from mlx_impl.stylize import paint
+
+    out, overwrite = Path(options.pop("out")), options.pop("overwrite", False)
+    losses = out.with_name(f"{out.stem}-losses.csv")
+    _check_output(overwrite, out, losses, losses.with_suffix(".png"))
+    with refusing(ValueError, OSError, ImportError):
+        pictures = [load_picture(options.pop(name), 3) for name in ("content", "style")]
+    given = {option.name: option.default for option in PAINTING} | options
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TextColumn("{task.fields[losses]}"))
+    with Progress(
+        *columns, *times, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("step", losses="", total=given["steps"] * given["levels"])
+
+        def on_step(number: int, losses: tuple[float, ...]) -> None:
+            content, style, _ = losses
+            text = f"content {content:.4g}  style {style:.4g}"
+            bar.update(task, completed=number + 1, losses=text)
+
+        with refusing(ValueError, OSError, ImportError, RuntimeError):
+            picture, rows = paint(*pictures, on_step=on_step, **given)
+    with refusing(ImportError):
+        write_png(out, picture)
+    write_losses(losses, rows)
+    plot_losses(losses.with_suffix(".png"), rows, log=True)
+    print(out)
+    return DONE
 
 
-def _check_output(path: Path, overwrite: bool) -> None:
-    if path.suffix.lower() != ".png":
-        raise Refused(f"{path} does not end in .png, the only format written")
-    if path.exists() and not overwrite:
-        raise Refused(f"{path} is there already: replace it (--overwrite), or give another --out")
+COMMANDS = {
+    "train": train_command,
+    "sample": sample_command,
+    "score": score_command,
+    "stylize": stylize_command,
+}
+
+
+def _check_output(overwrite: bool, picture: Path, *others: Path) -> None:
+    if picture.suffix.lower() != ".png":
+        raise Refused(f"{picture} does not end in .png, the only format written")
+    for path in (picture, *others):
+        if path.exists() and not overwrite:
+            raise Refused(
+                f"{path} is there already: replace it (--overwrite), or give another --out"
+            )
 
 
 def _on_linux_cpu() -> bool:

@@ -4,6 +4,7 @@ Pixels are NumPy: bytes (H, W, C) in files, float32 (N, H, W, C) in [-1, 1] ever
 are written whole or not at all. Pillow and matplotlib are imported where they are used.
 """
 
+import csv
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,13 +116,19 @@ def write_png(path: str | os.PathLike[str], pixels: Pixels) -> None:
         Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(partial, "png")
 
 
-def plot_losses(
-    path: str | os.PathLike[str],
-    x: Sequence[float],
-    losses: Mapping[str, Sequence[float]],
-    xlabel: str = "epoch",
-    log: bool = False,
-) -> None:
+Rows = Sequence[Mapping[str, float | int]]
+"""Losses by name, and the "epoch" or "step" that they are of."""
+
+
+def write_losses(path: str | os.PathLike[str], rows: Rows) -> None:
+    """Write a CSV file with a line for each row, every digit of each number."""
+    with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_losses(path: str | os.PathLike[str], rows: Rows, log: bool = False) -> None:
     """Write a PNG with one line for each loss. ImportError: matplotlib is missing."""
     try:
         from matplotlib.figure import Figure  # no pyplot: no display, no global state
@@ -129,10 +136,14 @@ def plot_losses(
         raise ImportError(
             "the plot of the losses needs matplotlib: python -m pip install matplotlib"
         ) from error
+    over, *others = rows[0]
     figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel="loss", yscale="log" if log else "linear")
-    for name, values in losses.items():
-        axes.plot(x, values, label=name, marker="." if len(x) < 30 else "")
+    axes = figure.add_subplot(xlabel=over, ylabel="loss", yscale="log" if log else "linear")
+    for name in (name for name in others if name != "step"):
+        values = [row[name] for row in rows]
+        if any(values):
+            marker = "." if len(rows) < 30 else ""
+            axes.plot([row[over] for row in rows], values, label=name, marker=marker)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with replacing(Path(path)) as partial:

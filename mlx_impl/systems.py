@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl import diffusion, mlp_gan
+from mlx_impl.data import Dataset
 
 Settings = dict[str, Any]
 """A run's settings: the common ones, and its system's options, by name."""
@@ -22,13 +23,17 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of one system or of its sampling: ``--name VALUE``."""
+    """A setting of one system or of its sampling: ``--name VALUE``, required if it is "needed"."""
 
     name: str
     default: Any
     help: str
     type: Callable[[str], Any] = int
     choices: tuple[Any, ...] | None = None
+
+
+NEEDED = "needed"
+"""The default of an option that has none and must be given."""
 
 
 @dataclass
@@ -46,6 +51,10 @@ class Training:
         whatever is random. ``labels`` (B,) is None where the data has none.
     sample
         ``sample(key, n, **options)`` gives images (n, H, W, C) in [-1, 1].
+    reconstruct
+        In place of ``sample``, for what makes images of images (B, H, W, C).
+    start
+        What a new run does before its first step, for instance to load weights.
     """
 
     modules: dict[str, Any]
@@ -53,7 +62,9 @@ class Training:
     step: Callable[..., Any]
     losses: tuple[str, ...]
     draw: Callable[..., tuple[mx.array, ...]]
-    sample: Callable[..., mx.array]
+    sample: Callable[..., mx.array] | None = None
+    reconstruct: Callable[[mx.array], mx.array] | None = None
+    start: Callable[[], None] = lambda: None
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -67,12 +78,16 @@ class System:
 
     build
         Gives the :class:`Training`. Raises ValueError for settings that cannot be.
+    prepare
+        Settings that follow from the others and from the data: ``prepare(settings, dataset)``.
+        Raises ValueError.
     options, sampling
         The system's own settings, and those of its ``sample``.
     """
 
     about: str
     build: Callable[[Settings], Training]
+    prepare: Callable[[Settings, Dataset], Settings] = lambda settings, dataset: {}
     options: tuple[Option, ...] = ()
     sampling: tuple[Option, ...] = ()
     image_size: tuple[int, int] = (28, 28)
@@ -83,13 +98,11 @@ class System:
 LATENT_DIM = Option("latent_dim", 100, "length of the generator's noise")
 
 
-def adversarial(
-    lib: ModuleType, settings: Settings, sizes: dict[str, Any], generator_sizes: dict[str, Any]
-) -> Training:
+def adversarial(lib: ModuleType, settings: Settings, sizes: dict[str, Any]) -> Training:
     """A GAN whose module has Generator, Discriminator, make_optimizer and train_step."""
     sizes = sizes | {k: settings[k] for k in ("image_size", "channels")}
     latent_dim = settings["latent_dim"]
-    generator = lib.Generator(latent_dim=latent_dim, **generator_sizes, **sizes)
+    generator = lib.Generator(latent_dim=latent_dim, **sizes)
     discriminator = lib.Discriminator(**sizes)
 
     generator.eval()
@@ -117,7 +130,7 @@ def adversarial(
 
 def _mlp_gan(settings: Settings) -> Training:
     widths = {"001": mlp_gan.DOCUMENT_001, "002": mlp_gan.DOCUMENT_002}[settings["document"]]
-    return adversarial(mlp_gan, settings, {"widths": widths}, {})
+    return adversarial(mlp_gan, settings, {"widths": widths})
 
 
 PROCESS = (

@@ -33,13 +33,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlx_impl.data import DATASETS, Dataset, batch_indices, load_dataset
-from mlx_impl.images import grid, plot_losses, replacing, write_png
+from mlx_impl.images import Images, grid, plot_losses, replacing, write_losses, write_png
 from mlx_impl.systems import SYSTEMS, Settings, Training
 from mlx_impl.training import compile_step
 
-PREVIEW = 64  # images in a preview
+PREVIEW = 100  # images in a preview
 PREVIEWS = 20  # at most in a run, unless it says how often
-CHUNK = 64  # images that are sampled at a time
+CHUNK = 100  # images that are sampled at a time
 
 SAVE_EVERY = 10.0
 
@@ -126,32 +126,18 @@ class Run:
             raise Refused(f"{self.config} is damaged: {error!r}") from error
         if system not in SYSTEMS:
             raise Refused(f"{self.config}: there is no system {system!r}: {', '.join(SYSTEMS)}")
-        return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return _with_tuples(config)
 
-    def read_losses(self, epochs: int) -> list[dict[str, str]]:
+    def read_losses(self, epochs: int) -> list[dict[str, float | int]]:
         """The rows of the first ``epochs`` epochs."""
         if not self.losses.is_file():
             return []
         with self.losses.open(encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if int(row["epoch"]) <= epochs]
-
-    def write_losses(self, rows: list[dict[str, str]]) -> None:
-        with (
-            replacing(self.losses) as partial,
-            partial.open("w", encoding="utf-8", newline="") as file,
-        ):
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def plot_losses(self, rows: list[dict[str, str]]) -> None:
-        names = [name for name in rows[0] if name not in ("epoch", "step")]
-        with suppress(ImportError):  # without matplotlib there is no plot
-            plot_losses(
-                self.plot,
-                [int(row["epoch"]) for row in rows],
-                {name: [float(row[name]) for row in rows] for name in names},
-            )
+            rows = [
+                {k: int(v) if k in ("epoch", "step") else float(v) for k, v in row.items()}
+                for row in csv.DictReader(file)
+            ]
+        return [row for row in rows if row["epoch"] <= epochs]
 
     def save(self, training: Training, position: Position) -> None:
         """Replace the checkpoint by the present state, whole or not at all."""
@@ -184,6 +170,13 @@ class Run:
             _assign(part, {path: arrays[f"{name}.{path}"] for path in _arrays(part)})
         mx.eval([_arrays(part) for part in training.parts.values()])
         return position
+
+
+def _with_tuples(value: Any) -> Any:
+    """What JSON made of settings, with its lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {k: _with_tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _all_arrays(training: Training) -> dict[str, mx.array]:
@@ -228,7 +221,7 @@ def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
         **{option.name: option.default for option in entry.options},
         **given,
     }
-    dataset = _load(config)
+    dataset = load(config)
     if config["data"] not in DATASETS:
         config["data"] = os.path.abspath(config["data"])
     config["channels"] = dataset.images.shape[-1]
@@ -239,6 +232,8 @@ def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
         batches = max(config["images"] // config["batch_size"], 1)
         epochs = config["epochs"] or config["steps"] / batches
         config["preview_every"] = math.ceil(epochs / PREVIEWS)
+    with refusing(ValueError):
+        config |= entry.prepare(config, dataset)
     config["fingerprint"] = _fingerprint(dataset)
     config["versions"] = {
         "python": sys.version.split()[0],
@@ -258,24 +253,27 @@ def old_config(run: Run, system: str, given: Settings) -> tuple[Settings, Datase
     for name in given.keys() - set(LENGTH):
         if config[name] != given[name]:
             raise Refused(
-                f"{run.folder} was trained with {name} {_plain(config[name])}, not "
-                f"{_plain(given[name])}: leave --{name.replace('_', '-')} out, or start another "
+                f"{run.folder} was trained with {name} {_shown(name, config)}, not "
+                f"{_shown(name, given)}: leave --{name.replace('_', '-')} out, or start another "
                 "run with it"
             )
     if "epochs" in given or "steps" in given:
         config |= {"epochs": None, "steps": None}
     config |= {name: given[name] for name in LENGTH if name in given}
-    dataset = _load(config)
+    dataset = load(config)
     if _fingerprint(dataset) != config["fingerprint"]:
         raise Refused(f"the images of {config['data']} are no longer those of {run.folder}")
     return config, dataset
 
 
-def _plain(value: Any) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _shown(name: str, settings: Settings) -> str:
+    """A setting as it is written on the command line."""
+    value, between = settings[name], "x" if name == "image_size" else ","
+    return between.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _load(config: Settings) -> Dataset:
+def load(config: Settings) -> Dataset:
+    """The images of a run."""
     with refusing(ValueError, OSError, ImportError, RuntimeError):
         return load_dataset(
             config["data"],
@@ -311,7 +309,7 @@ def train(
     overwrite: bool = False,
     compiled: bool = True,
     on_step: Callable[[int, int, int, dict[str, float]], None] = lambda *_: None,
-    on_epoch: Callable[[dict[str, str], float], None] = lambda *_: None,
+    on_epoch: Callable[[dict[str, float | int], float], None] = lambda *_: None,
 ) -> bool:
     """Train until the run's end and return True, or save and return False on Ctrl-C or SIGTERM.
 
@@ -327,6 +325,8 @@ def train(
         run.write_config(config)
     else:
         position = Position(sums=[0.0] * len(training.losses))
+        with refusing(ValueError):
+            training.start()
         run.create(config, overwrite)
     rows = run.read_losses(position.epoch) if resume else []
 
@@ -372,16 +372,16 @@ def train(
                 return False
 
             epoch = position.epoch + 1
-            means = {name: repr(mean) for name, mean in _means(training, position).items()}
             done = position.epoch * batches + position.batch
-            rows.append({"epoch": str(epoch), "step": str(done), **means})
-            run.write_losses(rows)
+            rows.append({"epoch": epoch, "step": done, **_means(training, position)})
+            write_losses(run.losses, rows)
             if epoch % config["preview_every"] == 0 or done == end:
-                _preview(run, training, config, epoch)
+                _preview(run, training, config, dataset, epoch)
             if position.batch == batches:
                 position = Position(epoch, 0, [0.0] * len(training.losses))
             if done == end or stop.asked or time.monotonic() - saved_at >= SAVE_EVERY:
-                run.plot_losses(rows)
+                with suppress(ImportError):  # without matplotlib there is no plot
+                    plot_losses(run.plot, rows)
                 run.save(training, position)
                 saved_at = time.monotonic()
             on_epoch(rows[-1], (last - first - 1) / seconds if last - first > 1 else math.nan)
@@ -421,21 +421,36 @@ def _means(training: Training, position: Position) -> dict[str, float]:
     }
 
 
-def _preview(run: Run, training: Training, config: Settings, epoch: int) -> None:
-    images = sample(training, PREVIEW, random_key(config["seed"], _PREVIEW))
+def _preview(run: Run, training: Training, config: Settings, dataset: Dataset, epoch: int) -> None:
+    key = random_key(config["seed"], _PREVIEW)
+    images = sample(training, PREVIEW, key, dataset.images)
     write_png(run.samples / f"epoch_{epoch:04d}.png", grid(images))
 
 
-def sample(training: Training, n: int, key: mx.array, **options: Any) -> np.ndarray:
-    """Draw images (n, H, W, C) in [-1, 1] from what was trained, some at a time."""
+def sample(
+    training: Training, n: int, key: mx.array, real: Images | None = None, **options: Any
+) -> Images:
+    """Draw images (n, H, W, C) in [-1, 1] from what was trained, some at a time.
+
+    What makes images of images gives the first of the ``real`` ones, each before what it makes of
+    it, ``n`` in all.
+    """
     for module in training.modules.values():
         module.eval()
     try:
-        images = []
-        for start in range(0, n, CHUNK):
-            key, own = mx.random.split(key)
-            images.append(np.array(training.sample(own, min(CHUNK, n - start), **options)))
-        return np.concatenate(images)
+        made: list[Images] = []
+        if training.reconstruct is not None and real is not None:
+            for start in range(0, n // 2, CHUNK):
+                images = real[start : min(start + CHUNK, n // 2)]
+                again = np.array(training.reconstruct(mx.array(images)))
+                made.append(np.stack([images, again], axis=1).reshape(-1, *images.shape[1:]))
+        elif training.sample is not None:
+            for start in range(0, n, CHUNK):
+                key, own = mx.random.split(key)
+                made.append(np.array(training.sample(own, min(CHUNK, n - start), **options)))
+        return np.concatenate(made)
+    except FloatingPointError as error:  # of a sampler
+        raise Failed(str(error)) from error
     finally:
         for module in training.modules.values():
             module.train()

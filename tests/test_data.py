@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_impl.data import MNIST_FILE, batches, load_dataset, load_images
+from mlx_impl.data import MNIST_FILE, batches, load_dataset, load_images, load_picture
 from mlx_impl.images import write_png
 
 UBYTE, FLOAT32 = 0x08, 0x0D
@@ -230,6 +230,15 @@ def test_grey_among_colour_needs_a_decision(album):
     ):
         load_dataset(album, (8, 8))
     assert load_dataset(album, (8, 8), 3).images.shape == (4, 8, 8, 3)
+
+
+def test_a_picture_is_a_file_or_a_photograph(album):
+    assert load_picture("china").shape == load_picture("flower").shape == (427, 640, 3)
+    assert (load_picture("china") != load_picture("flower")).any()
+    assert load_picture(album / "0.png").shape == (12, 10, 3)
+    assert load_picture(str(album / "0.png"), 1).shape == (12, 10, 1)
+    with pytest.raises(FileNotFoundError, match="no photograph of that name: china, flower"):
+        load_picture("dahlia")
 
 
 def test_an_empty_folder(tmp_path):

@@ -119,7 +119,7 @@ def test_without_pillow_or_matplotlib_it_is_said_what_to_install(tmp_path, monke
         read_image(tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
-        plot_losses(tmp_path / "a.png", [1], {"loss": [1]})
+        plot_losses(tmp_path / "a.png", [{"epoch": 1, "loss": 1}])
 
 
 # Resizing
@@ -173,7 +173,7 @@ def test_each_image_has_its_place_in_a_grid(n, size, columns, scale):
 def test_a_plot_is_a_picture_and_shows_no_window(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's own, on its first import
-        plot_losses(tmp_path / "a.png", [1, 2], {"d_loss": [1, 2], "g_loss": [3, 1]}, log=True)
+        plot_losses(tmp_path / "a.png", [{"step": i, "d": i, "g": 1 / i} for i in (1, 2)], log=True)
     assert read_image(tmp_path / "a.png", 3).std() > 5
     assert "matplotlib.pyplot" not in sys.modules
 

@@ -1,0 +1,160 @@
+"""``python -m mlx_impl stylize``: the picture, its losses, and the weights it is made with."""
+
+import csv
+import os
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_impl.__main__ as cli
+import mlx_impl.stylize
+from mlx_impl.images import read_image, write_png
+from mlx_impl.stylize import random_weights
+from mlx_impl.vgg import VGG
+from mlx_impl.vgg_weights import Weights, read_weights, save_weights
+
+CHANNELS = (2, 3, 2, 3, 2)
+
+
+@pytest.fixture(autouse=True)
+def narrow_vgg(monkeypatch):
+    monkeypatch.setattr(mlx_impl.stylize, "VGG", partial(VGG, channels=CHANNELS))
+    mx.disable_compile()  # g++ takes seconds for steps that take milliseconds
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[Path]:
+    """A content of 24 x 40 in colour and a style of 30 x 20 in grey."""
+    rng = np.random.default_rng(0)
+    write_png(tmp_path / "content.png", rng.integers(0, 256, (24, 40, 3), np.uint8))
+    write_png(tmp_path / "style.png", rng.integers(0, 256, (30, 20, 1), np.uint8))
+    return [tmp_path / "content.png", tmp_path / "style.png"]
+
+
+def stylize(*arguments: str | os.PathLike[str], weights: str = "random") -> int:
+    try:
+        return cli.main(["stylize", *map(os.fspath, arguments), "--weights", weights])
+    except SystemExit as error:
+        return int(error.code)
+
+
+def refused(capsys, *arguments: str | os.PathLike[str], weights: str = "random") -> str:
+    assert stylize(*arguments, weights=weights) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_a_picture_its_losses_and_their_plot(pictures, tmp_path, capsys):
+    out = tmp_path / "made" / "picture.png"
+    assert stylize(*pictures, "--steps", "3", "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert set(os.listdir(out.parent)) == {
+        "picture.png",
+        "picture-losses.csv",
+        "picture-losses.png",
+    }
+    made, content = read_image(out), read_image(pictures[0])
+    assert made.shape == content.shape
+    changed = np.abs(made.astype(int) - content)
+    assert 0 < changed.max() <= 3 * 0.03 * 255  # three steps of about the learning rate
+    with (out.parent / "picture-losses.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[0]["content_loss"]) == 0  # it starts from the content
+    totals = [sum(float(row[n]) for n in mlx_impl.stylize.NAMES) for row in rows]
+    assert totals[2] < totals[0]
+
+
+def test_the_same_again(pictures, tmp_path):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        given = ["--steps", "2", "--seed", seed, "--out", tmp_path / f"{name}.png"]
+        assert stylize(*pictures, *given) == 0
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_a_large_picture_is_reduced_and_painted_at_several_sizes(tmp_path):
+    out = tmp_path / "a.png"
+    given = ["--size", "51", "--steps", "1", "--levels", "2", "--out", out]
+    assert stylize("china", "flower", *given) == 0
+    assert read_image(out).shape == (34, 50, 3)  # of 427 x 640, both even
+    assert len((tmp_path / "a-losses.csv").read_text().splitlines()) == 3
+
+
+def test_what_is_there_is_not_overwritten_unless_asked(pictures, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    (tmp_path / "a-losses.csv").write_text("mine")
+    message = refused(capsys, *pictures, "--out", out)
+    assert "a-losses.csv is there already: replace it (--overwrite)" in message
+    assert stylize(*pictures, "--steps", "1", "--out", out, "--overwrite") == 0
+
+
+def test_bad_input(pictures, tmp_path, capsys):
+    content, style = pictures
+    out = ["--out", tmp_path / "a.png"]
+    (tmp_path / "notes.png").write_text("not a picture")
+    write_png(tmp_path / "tiny.png", np.zeros((3, 40, 3), np.uint8))
+    for arguments, message in (
+        ([content, "no.png", *out], "there is no image file no.png"),
+        ([content, "dahlia", *out], "no photograph of that name: china, flower"),
+        ([content, tmp_path / "notes.png", *out], "notes.png is not an image that Pillow can"),
+        ([content, tmp_path / "tiny.png", *out], "too small"),
+        ([content, style, *out, "--size", "8"], "size must be at least 16 with 1 levels, got 8"),
+        ([content, style, *out, "--steps", "0"], "steps and levels must be at least 1"),
+        ([content, style, *out, "--levels", "0"], "levels must be at least 1, got 0"),
+        ([content, style, "--out", tmp_path / "a.jpg"], "does not end in .png"),
+    ):
+        assert message in refused(capsys, *arguments), message
+    message = refused(capsys, content, style, *out, weights="no.pth")
+    assert "there are no weights at no.pth" in message
+    assert not (tmp_path / "a.png").exists()
+
+
+# Weights
+
+
+def test_the_weights_of_a_file(pictures, tmp_path):
+    """Found by :func:`read_weights`, which is tested for itself, and not the random ones."""
+    other = VGG("vgg19", channels=CHANNELS)
+    random_weights(other, 1)
+    save_weights(other, tmp_path / "vgg.safetensors")
+    made = {}
+    for name, weights, seed in (
+        ("file", str(tmp_path / "vgg.safetensors"), "0"),
+        ("same", "random", "1"),
+        ("other", "random", "0"),
+    ):
+        given = ["--steps", "2", "--seed", seed, "--out", tmp_path / f"{name}.png"]
+        assert stylize(*pictures, *given, weights=weights) == 0
+        made[name] = (tmp_path / f"{name}.png").read_bytes()
+    assert made["file"] == made["same"]
+    assert made["file"] != made["other"]
+
+
+@pytest.mark.parametrize("config", ["vgg16", "vgg19"])
+def test_torchvisions_weights_are_fetched_by_name(pictures, tmp_path, monkeypatch, config):
+    def fetched(asked: str) -> Weights:
+        assert asked == config
+        made = VGG(asked, channels=CHANNELS)
+        return read_weights(save(made, tmp_path / "fetched.safetensors"))
+
+    def save(vgg: VGG, path: Path) -> Path:
+        save_weights(vgg, path)
+        return path
+
+    monkeypatch.setattr(mlx_impl.stylize, "download_weights", fetched)
+    given = ["--steps", "1", "--out", tmp_path / "a.png"]
+    assert stylize(*pictures, *given, weights=config) == 0
+
+
+def test_random_weights_keep_the_size_of_features():
+    extractor = VGG("vgg19", taps=("relu1_1", "relu5_1"), channels=(32,) * 5, pooling="avg")
+    random_weights(extractor, 0)
+    features = extractor(mx.random.uniform(shape=(1, 64, 64, 3), key=mx.random.key(0)))
+    first, last = (float(np.square(np.array(features[t])).mean()) for t in extractor.taps)
+    assert 0.01 < last / first < 10
