@@ -1,7 +1,8 @@
 """``nox -s parity``: climb the ladder with every case and print the card.
 
 Run as ``python -m tests.parity_card [--examples N] [--workers N] [NAME ...]``; a NAME selects the
-cases that contain it. The number of shapes comes from the Hypothesis profile (HYPOTHESIS_PROFILE).
+cases that contain it. The number of shapes comes from the Hypothesis profile (HYPOTHESIS_PROFILE);
+a case that is dear to climb with gets as many fewer as its ``cost`` says.
 """
 
 import argparse
@@ -32,15 +33,17 @@ SHARD = 50
 """Shapes that one process takes at a time."""
 
 
-def climb(name: str, examples: int, share: int, device: str, ticks: Any) -> Proof:
-    """A share of one case's shapes, in a process of its own."""
+def climb(name: str, examples: int, share: int, device: str, ticks: Any) -> tuple[Proof, float]:
+    """A share of one case's shapes, in a process of its own, and the CPU seconds that it took."""
+    start = sum(os.times()[:4])  # the compiler's too
     if device:
         mx.set_default_device(getattr(mx, device))
     use_openblas()
     case = next(c for c in CASES if c.name == name)
     fixed = seed(case, share) if settings().derandomize else None
     proof = prove(case, examples, seed=fixed, progress=lambda: ticks.put(name))
-    return Proof(case=_Named(case.name, case.side), rows=proof.rows)  # type: ignore[arg-type]
+    taken = sum(os.times()[:4]) - start
+    return Proof(case=_Named(case.name, case.side), rows=proof.rows), taken  # type: ignore[arg-type]
 
 
 class _Named:
@@ -66,6 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     context = multiprocessing.get_context("spawn")
     proofs: dict[str, Proof] = {}
+    seconds = dict.fromkeys(names, 0.0)
+    of_case = {c.name: max(1, options.examples // c.cost) for c in CASES if c.name in names}
+    shards = {
+        n: [min(SHARD, total - i) for i in range(0, total, SHARD)] for n, total in of_case.items()
+    }
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,12 +86,11 @@ def main(argv: list[str] | None = None) -> int:
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         ticks = manager.Queue()
-        bars = {n: progress.add_task(n, total=2 * options.examples) for n in names}
-        shards = [min(SHARD, options.examples - i) for i in range(0, options.examples, SHARD)]
+        bars = {n: progress.add_task(n, total=2 * of_case[n]) for n in names}
         futures = {
             pool.submit(climb, n, size, i, options.device, ticks): n
             for n in names
-            for i, size in enumerate(shards)
+            for i, size in enumerate(shards[n])
         }
         waiting = set(futures)
         while waiting:
@@ -92,7 +99,8 @@ def main(argv: list[str] | None = None) -> int:
             except Empty:
                 for future in [f for f in waiting if f.done()]:
                     waiting.remove(future)
-                    proof, name = future.result(), futures[future]
+                    (proof, taken), name = future.result(), futures[future]
+                    seconds[name] += taken
                     if name in proofs:
                         proofs[name].merge(proof)
                     else:
@@ -104,6 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     blas = str(use_openblas())
     card.write(ordered, REPORT, profile=os.environ.get("HYPOTHESIS_PROFILE", "dev"), mlx_blas=blas)
     console.print(f"MLX {version('mlx')} ({blas}), PyTorch {version('torch')}; {REPORT}")
+    dearest = sorted(names, key=lambda n: seconds[n], reverse=True)[:5]
+    each = (f"{n} {seconds[n]:.0f} s ({seconds[n] / of_case[n]:.1f} s a shape)" for n in dearest)
+    console.print(f"CPU time {sum(seconds.values()):.0f} s, most of it {', '.join(each)}")
     return 0 if all(p.ok for p in ordered) else 1
 
 
