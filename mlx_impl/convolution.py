@@ -50,6 +50,16 @@ class Geometry(NamedTuple):
         """Extent of the dilated kernel along one axis."""
         return self.dilation[axis] * (self.kernel[axis] - 1) + 1
 
+    @property
+    def folds(self) -> int:
+        """How many neighbouring taps see different planes of the image only: 1 where none do.
+
+        A kernel of whole strides, not dilated, is one with a tap for each stride, over an image
+        whose blocks of S x T pixels are its channels.
+        """
+        whole = all(k % s == 0 for k, s in zip(self.kernel, self.stride, strict=True))
+        return prod(self.stride) if whole and self.dilation == (1, 1) and self.groups == 1 else 1
+
     def seen(self, axis: int) -> int:
         """How much of the padded image some result depends on, along one axis."""
         return self.stride[axis] * (self.result[axis] - 1) + self.reach(axis)
@@ -191,6 +201,8 @@ def _taps_maps(g: Geometry) -> Maps:
     into the next row there, and what is computed across the border is dropped. A stride first
     sorts the pixels into planes by their remainders. Nothing is laid out K L times.
     """
+    if g.folds > 1:
+        return _folded_maps(g)
     (K, L), (S, T), (h, w) = g.kernel, g.stride, g.result
     H, W = -(-g.seen(0) // S), -(-g.seen(1) // T)  # of one plane
     taps = []
@@ -261,6 +273,39 @@ def _taps_maps(g: Geometry) -> Maps:
         return mx.stack(found, axis=2).reshape(_shape_of_kernel(g, image, result))
 
     return Maps(conv, by_image, by_kernel)
+
+
+def _folded_maps(g: Geometry) -> Maps:
+    """A strided convolution as one of stride 1 (:attr:`Geometry.folds`), a product for each tap."""
+    (K, L), (S, T) = g.kernel, g.stride
+    H, W = g.seen(0) // S, g.seen(1) // T
+    inner = _taps_maps(
+        Geometry((H, W), g.result, (K // S, L // T), (1, 1), (0, 0), (1, 1), groups=1)
+    )
+
+    def fold(x: mx.array) -> mx.array:
+        """(N, rows, columns, C) to (N, rows / S, columns / T, S T C): of images and of kernels."""
+        N, rows, columns, C = x.shape
+        blocks = x.reshape(N, rows // S, S, columns // T, T, C).swapaxes(2, 3)
+        return blocks.reshape(N, rows // S, columns // T, S * T * C)
+
+    def unfold(x: mx.array) -> mx.array:
+        N, rows, columns, C = x.shape
+        blocks = x.reshape(N, rows, columns, S, T, C // (S * T)).swapaxes(2, 3)
+        return blocks.reshape(N, rows * S, columns * T, C // (S * T))
+
+    def planes(image: mx.array) -> mx.array:
+        return fold(_fitted(image, (H * S, W * T), g.padding))
+
+    def by_image(result: mx.array, kernel: mx.array) -> mx.array:
+        whole = unfold(inner.by_image(result, fold(kernel)))
+        return _fitted(whole, g.image, (-g.padding[0], -g.padding[1]))
+
+    return Maps(
+        lambda image, kernel: inner.conv(planes(image), fold(kernel)),
+        by_image,
+        lambda image, result: unfold(inner.by_kernel(planes(image), result)),
+    )
 
 
 _CACHED = 1 << 19  # floats: half of a usual core's second-level cache of a few MiB
@@ -342,7 +387,9 @@ def cheapest(map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
     more_products = pixels * kernel * (rows / pixels - 1)
     costs = {
         # Its products are shorter, which makes them an eighth slower.
-        "taps": 0.4 * taps * rows * (C + F) + 0.015 * (more_products + pixels * kernel / 8) + kernel
+        "taps": 0.4 * taps * rows * (C + F / g.folds)
+        + 0.015 * (more_products + pixels * kernel / 8)
+        + kernel
     }
     if map_name == "by_image":
         costs["patches"] = 5.0 * pixels * taps * C
