@@ -1,0 +1,112 @@
+"""Convolutional GAN of document 000, in PyTorch.
+
+Sources
+    Document 000, repaired: ERRATA.md lists what was wrong. Goodfellow et al. 2014
+    (arXiv 1406.2661), Algorithm 1. What the field does instead is in ``dcgan.py``.
+
+Repairs that show here: the generator projects the noise to a map of a quarter of the image's size,
+not to a single pixel, so that two stages reach the image (000-E6); the discriminator's last layer
+fits that size (000-E7) and D(G(z)) composes at every one (000-E9); its ReLU, which the document
+calls and never makes, is there (000-E8); it returns logits, not probabilities (000-E10).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.losses import discriminator_loss, generator_loss_nonsaturating
+
+
+class Generator(nn.Module):
+    """Noise (B, latent_dim) to images (B, C, H, W) in [-1, 1].
+
+    ``width`` is the smaller of the two networks' numbers of channels. Raises ValueError unless H
+    and W are multiples of 4.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 100,
+        width: int = 128,
+        image_size: tuple[int, int] = (64, 64),
+        channels: int = 3,
+    ):
+        super().__init__()
+        self.map_shape = (2 * width, *_quarter(image_size))
+        c, h, w = self.map_shape
+        self.fc = nn.Linear(latent_dim, c * h * w)
+        self.deconv1 = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
+        self.deconv2 = nn.ConvTranspose2d(width, channels, 4, stride=2, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = F.relu(self.fc(z))
+        x = x.reshape(-1, *self.map_shape)  # (B, 2 * width, H / 4, W / 4)
+        x = F.relu(self.deconv1(x))  # (B, width, H / 2, W / 2)
+        return torch.tanh(self.deconv2(x))  # (B, C, H, W)
+
+
+class Discriminator(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to logits (B, 1), positive for real.
+
+    Raises ValueError unless H and W are multiples of 4.
+    """
+
+    def __init__(
+        self,
+        width: int = 128,
+        image_size: tuple[int, int] = (64, 64),
+        channels: int = 3,
+    ):
+        super().__init__()
+        h, w = _quarter(image_size)
+        self.conv1 = nn.Conv2d(channels, width, 4, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)
+        self.fc = nn.Linear(2 * width * h * w, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv1(x))  # (B, width, H / 2, W / 2)
+        x = F.relu(self.conv2(x))  # (B, 2 * width, H / 4, W / 4)
+        return self.fc(x.flatten(1))
+
+
+def _quarter(image_size: tuple[int, int]) -> tuple[int, int]:
+    """The size of the smallest map, two stages of stride 2 away from the image."""
+    height, width = image_size
+    if min(image_size) < 4 or height % 4 or width % 4:
+        raise ValueError(
+            f"image_size is {height} x {width}: both must be multiples of 4, since two stages "
+            "halve or double them"
+        )
+    return height // 4, width // 4
+
+
+def make_optimizer(module: nn.Module) -> torch.optim.Adam:
+    """Adam with the document's settings."""
+    return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
+
+
+def train_step(
+    generator: Generator,
+    discriminator: Discriminator,
+    optimizer_g: torch.optim.Optimizer,
+    optimizer_d: torch.optim.Optimizer,
+    real: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One alternating step on real (B, C, H, W) and noise (B, latent_dim).
+
+    Goodfellow Algorithm 1, k = 1. Both halves see the same fakes, and the generator's half the
+    discriminator just updated. Returns the discriminator's and the generator's loss, each before
+    its own update.
+    """
+    fake = generator(noise)
+    d_loss = discriminator_loss(discriminator(real), discriminator(fake.detach()))
+    optimizer_d.zero_grad()
+    d_loss.backward()
+    optimizer_d.step()
+
+    g_loss = generator_loss_nonsaturating(discriminator(fake))
+    optimizer_g.zero_grad()
+    g_loss.backward(inputs=list(generator.parameters()))  # no gradients for the discriminator here
+    optimizer_g.step()
+    return d_loss.detach(), g_loss.detach()

@@ -1,0 +1,146 @@
+"""DCGAN, the canonical form of document 000's GAN, in PyTorch.
+
+Sources
+    Radford, Metz and Chintala 2016 (arXiv 1511.06434): section 3 for the networks, Fig. 1 for the
+    generator's sizes, section 4 for the initial weights and Adam's settings. Where the paper is
+    silent, pytorch/examples ``dcgan/main.py``: no biases in the convolutions, kernels of 4, the
+    projection a transposed convolution, the discriminator's widths, and N(1, 0.02) for the norms.
+    Goodfellow et al. 2014 (arXiv 1406.2661), Algorithm 1.
+
+At the defaults, 64 x 64 in four stages, the generator has 3,576,704 parameters and the
+discriminator 2,765,568. Both run in the mode of ``train()`` or ``eval()``: BatchNorm keeps running
+statistics in the first and uses them in the second.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.losses import discriminator_loss, generator_loss_nonsaturating
+
+
+class Generator(nn.Module):
+    """Noise (B, latent_dim) to images (B, C, H, W) in [-1, 1].
+
+    Projected to a map of (H, W) / 2^stages, then doubled ``stages`` times; ``width`` is the number
+    of channels before the image, and doubles with each stage away from it. 28 x 28 is
+    ``image_size=(28, 28), stages=2``. Raises ValueError unless H and W are multiples of 2^stages.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int = 100,
+        width: int = 64,
+        image_size: tuple[int, int] = (64, 64),
+        channels: int = 3,
+        stages: int = 4,
+    ):
+        super().__init__()
+        map_size, widths = _pyramid(width, image_size, stages)
+        widths.reverse()  # wide to narrow
+        self.project = nn.ConvTranspose2d(latent_dim, widths[0], map_size, bias=False)
+        self.deconvs = nn.ModuleList(
+            nn.ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False)
+            for wide, narrow in pairwise([*widths, channels])
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths)  # one before each deconv
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.project(z[:, :, None, None])  # (B, width * 2^(stages - 1), H / 2^s, W / 2^s)
+        for norm, deconv in zip(self.norms, self.deconvs, strict=True):
+            x = deconv(F.relu(norm(x)))  # half the channels, twice the height and width
+        return torch.tanh(x)  # (B, C, H, W)
+
+
+class Discriminator(nn.Module):
+    """Images (B, C, H, W) in [-1, 1] to logits (B, 1), positive for real.
+
+    The generator's sizes in reverse. Raises ValueError unless H and W are multiples of 2^stages.
+    """
+
+    def __init__(
+        self,
+        width: int = 64,
+        image_size: tuple[int, int] = (64, 64),
+        channels: int = 3,
+        stages: int = 4,
+    ):
+        super().__init__()
+        map_size, widths = _pyramid(width, image_size, stages)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False)
+            for narrow, wide in pairwise([channels, *widths])
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths[1:])  # none on the image's
+        self.score = nn.Conv2d(widths[-1], 1, map_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.convs[0](x), 0.2)  # (B, width, H / 2, W / 2)
+        for conv, norm in zip(self.convs[1:], self.norms, strict=True):
+            x = F.leaky_relu(norm(conv(x)), 0.2)  # twice the channels, half the height and width
+        return self.score(x).flatten(1)
+
+
+def _pyramid(
+    width: int, image_size: tuple[int, int], stages: int
+) -> tuple[tuple[int, int], list[int]]:
+    """The size of the smallest map, and each stage's number of channels, narrow to wide."""
+    height, breadth = image_size
+    factor = 2**stages
+    if stages < 1:
+        raise ValueError(f"stages is {stages}: it must be at least 1")
+    if min(image_size) < 1 or height % factor or breadth % factor:
+        raise ValueError(
+            f"image_size is {height} x {breadth}: both must be multiples of {factor}, since each "
+            f"of {stages} stages halves or doubles them; 28 x 28 takes stages=2"
+        )
+    return (height // factor, breadth // factor), [width * 2**i for i in range(stages)]
+
+
+def init_weights(module: nn.Module, seed: int) -> None:
+    """Radford section 4: kernels from N(0, 0.02); norms' weights from N(1, 0.02), their biases 0.
+
+    Drawn from a stream of their own, so that ``seed`` alone decides them.
+    """
+    stream = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            mean = 0.0 if parameter.ndim == 4 else 1.0
+            nn.init.normal_(parameter, mean, 0.02, generator=stream)
+
+
+def make_optimizer(module: nn.Module) -> torch.optim.Adam:
+    """Adam with Radford's settings, section 4."""
+    return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
+
+
+def train_step(
+    generator: Generator,
+    discriminator: Discriminator,
+    optimizer_g: torch.optim.Optimizer,
+    optimizer_d: torch.optim.Optimizer,
+    real: Tensor,
+    noise: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One alternating step on real (B, C, H, W) and noise (B, latent_dim).
+
+    Goodfellow Algorithm 1, k = 1. Both halves see the same fakes, and the generator's half the
+    discriminator just updated. Each call of a network moves its running statistics: once the
+    generator's, three times the discriminator's (real, fake, fake again after its update). Returns
+    the discriminator's and the generator's loss, each before its own update.
+    """
+    fake = generator(noise)
+    d_loss = discriminator_loss(discriminator(real), discriminator(fake.detach()))
+    optimizer_d.zero_grad()
+    d_loss.backward()
+    optimizer_d.step()
+
+    g_loss = generator_loss_nonsaturating(discriminator(fake))
+    optimizer_g.zero_grad()
+    g_loss.backward(inputs=list(generator.parameters()))  # no gradients for the discriminator here
+    optimizer_g.step()
+    return d_loss.detach(), g_loss.detach()
