@@ -763,3 +763,57 @@ class ScaleFactor(Trap):
     @staticmethod
     def fixed(x: A) -> A:
         return x.mean(1)
+
+
+class ModuleSetting(Trap):
+    """A number or a flag of a module of one's own differs: a window, a temperature, a depth.
+
+    Both sides keep it under the same name, so the two trees show it; or it is tried out.
+    """
+
+    id = "module-setting"
+    title = "A setting of a module differs"
+    fix = "copy the setting from the original"
+    error = 0.081
+    draw = staticmethod(_vectors)
+
+    @staticmethod
+    def reference(x: T) -> T:
+        return torch.softmax(x / 0.7, -1)
+
+    @staticmethod
+    def naive(x: A) -> A:
+        return mx.softmax(x / 0.8, axis=-1)
+
+    @staticmethod
+    def fixed(x: A) -> A:
+        return mx.softmax(x / 0.7, axis=-1)
+
+
+class RootMissing(Trap):
+    """A variance stands where a standard deviation should, or the reverse.
+
+    Schedules are tables of betas, of alphas, of their products and of the roots of these. Noise is
+    scaled by the root of 1 - alpha bar.
+    """
+
+    id = "root-missing"
+    title = "A variance for a standard deviation"
+    fix = "mx.sqrt(1 - alphas_cumprod[t]) * noise"
+    error = 0.23
+
+    @staticmethod
+    def draw(rng: Rng) -> dict[str, np.ndarray]:
+        return {"bar": rng.uniform(0.1, 0.9, 5), "noise": rng.standard_normal(5)}
+
+    @staticmethod
+    def reference(bar: T, noise: T) -> T:
+        return torch.sqrt(1 - bar) * noise
+
+    @staticmethod
+    def naive(bar: A, noise: A) -> A:
+        return (1 - bar) * noise
+
+    @staticmethod
+    def fixed(bar: A, noise: A) -> A:
+        return mx.sqrt(1 - bar) * noise

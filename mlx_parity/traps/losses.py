@@ -317,3 +317,31 @@ class TripletEps(Trap):
             return mx.sqrt(mx.square(0 - b + 1e-6).sum(-1))
 
         return mx.maximum(distance(p) - distance(n) + 1e-3, 0)
+
+
+class LossKind(Trap):
+    """Another loss: L2 for L1, smooth L1 for Huber, other smoothing or another beta.
+
+    Smooth L1 is Huber's loss divided by beta; at beta 1 they are the same.
+    """
+
+    id = "loss-kind"
+    title = "Another loss, or another parameter of it"
+    fix = "use the original's loss with its beta, delta or label_smoothing"
+    error = 0.5
+
+    @staticmethod
+    def draw(rng: Rng) -> dict[str, np.ndarray]:
+        return {"x": rng.standard_normal(6), "y": rng.standard_normal(6)}
+
+    @staticmethod
+    def reference(x: T, y: T) -> T:
+        return F.smooth_l1_loss(x, y, beta=0.5)
+
+    @staticmethod
+    def naive(x: A, y: A) -> A:
+        return nn.losses.huber_loss(x, y, delta=0.5, reduction="mean")
+
+    @staticmethod
+    def fixed(x: A, y: A) -> A:
+        return nn.losses.smooth_l1_loss(x, y, beta=0.5)

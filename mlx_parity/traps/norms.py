@@ -172,6 +172,32 @@ class NormAxis(Trap):
         return nn.LayerNorm(6, affine=False)(x)
 
 
+class NormKind(Trap):
+    """Another normalisation: RMSNorm for LayerNorm, InstanceNorm for BatchNorm.
+
+    Their weights have the same names and shapes. RMSNorm does not subtract the mean; on data whose
+    mean is near zero the difference is small.
+    """
+
+    id = "norm-kind"
+    title = "Another normalisation"
+    fix = "use the original's normalisation"
+    error = 0.48
+    draw = staticmethod(_features)
+
+    @staticmethod
+    def reference(x: T) -> T:
+        return F.layer_norm(x, (6,))
+
+    @staticmethod
+    def naive(x: A) -> A:
+        return nn.RMSNorm(6)(x)
+
+    @staticmethod
+    def fixed(x: A) -> A:
+        return nn.LayerNorm(6, affine=False)(x)
+
+
 class LayerNormShape(Trap):
     """MLX's LayerNorm normalises the last axis only; PyTorch's takes a shape of several.
 

@@ -1,0 +1,542 @@
+"""Why a port differs: static rules over the two module trees, then alternatives tried out.
+
+``lint(reference, port)`` compares what can be read off both trees without computing anything.
+``diagnose(guilty)`` explains one module that was found to differ: what lint says about it, and, if
+that is not all, the alternative to the reference (:mod:`mlx_parity.counterfactual`) under which the
+port's bias returns to 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn as tnn
+
+from mlx_parity._backend import require_mlx
+from mlx_parity.carry import Plan, channels_first, channels_last, flat, match
+from mlx_parity.counterfactual import Alternative, alternatives
+from mlx_parity.equality import Tensors, compare, jitter
+from mlx_parity.errors import CarryError
+from mlx_parity.localise import Capture, Guilty, ModulePair, pairs
+from mlx_parity.static import Clue, of_optimizers, of_pair, of_trees
+from mlx_parity.traps import find
+
+require_mlx()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as mnn  # noqa: E402
+
+POINTS = 48
+"""Nearby points at which alternatives are tried: the port is called there once for all of them."""
+
+ALPHA = 1e-4
+"""Rate at which the right alternative is rejected by chance: bound 5.8 at 48 points."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """A known cause."""
+
+    trap_id: str
+    title: str
+    where: str
+    """The module, or the optimizer."""
+    evidence: str
+    """What was seen: two values that differ, or the bias under the alternative."""
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.title} ({self.trap_id}): {self.evidence}. Fix: {self.fix}"
+
+
+def _diagnosis(trap_id: str, where: str, evidence: str) -> Diagnosis:
+    trap = find(trap_id)
+    return Diagnosis(trap_id, trap.title, where, evidence, trap.fix)
+
+
+def _of_clues(clues: Iterable[Clue]) -> list[Diagnosis]:
+    return [_diagnosis(c.trap_id, c.where, c.evidence) for c in clues]
+
+
+def lint(
+    reference: tnn.Module,
+    port: mnn.Module,
+    optimizers: Iterable[tuple[torch.optim.Optimizer, Any]] = (),
+    mapping: Any = None,
+) -> list[Diagnosis]:
+    """Everything that the module trees, and pairs of optimizers, show without being run."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paired = pairs(reference, port, mapping)
+    clues = [clue for pair in paired for clue in of_pair(pair)]
+    clues += of_trees(reference, port, paired)
+    for theirs, ours in optimizers:
+        clues += of_optimizers(theirs, ours)
+    return _of_clues(dict.fromkeys(clues))
+
+
+def diagnose(guilty: Guilty, *, seconds: float = 20.0) -> list[Diagnosis]:
+    """The causes of one module's difference, the surest first; empty where none is known.
+
+    A single rule that fits is believed at once. ``seconds`` bounds the search for alternatives.
+    """
+    pair = guilty.pair
+    found = _of_clues(of_pair(pair))
+    inside = _inside(pair)
+    for child in inside:
+        found += _of_clues(of_pair(child))
+    tried = _tried(pair, guilty.capture, guilty.direction == "backward", seconds)
+    named = {d.trap_id for d in tried}
+    # What both say comes first, then what was computed, then what was only read.
+    both = [d for d in found if d.trap_id in named]
+    return [
+        *both,
+        *(t for t in tried if t.trap_id not in {d.trap_id for d in both}),
+        *(d for d in found if d not in both),
+    ]
+
+
+class _Function(tnn.Module):
+    """A plain function of the reference as a module."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class _PortFunction(mnn.Module):
+    """A plain function of the port as a module."""
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
+def diagnose_functions(
+    reference: Callable[..., Any],
+    port: Callable[..., Any],
+    inputs: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    backward: bool = False,
+    seconds: float = 20.0,
+) -> list[Diagnosis]:
+    """As :func:`diagnose`, for a loss or another function that is no module.
+
+    ``inputs`` and ``kwargs`` are NumPy arrays in the reference's layout.
+    """
+    pair = ModulePair(
+        getattr(reference, "__name__", ""), "", _Function(reference), _PortFunction(port)
+    )
+    capture = Capture(inputs, dict(kwargs or {}), None)
+    return _tried(pair, capture, backward, seconds)
+
+
+def _inside(pair: ModulePair) -> list[ModulePair]:
+    """The pairs below one, with full paths."""
+    if not list(pair.reference.children()):
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        below = pairs(pair.reference, pair.port)
+
+    def joined(a: str, b: str) -> str:
+        return ".".join(p for p in (a, b) if p)
+
+    return [
+        ModulePair(
+            joined(pair.reference_path, p.reference_path),
+            joined(pair.port_path, p.port_path),
+            p.reference,
+            p.port,
+        )
+        for p in below
+        if p.reference_path
+    ]
+
+
+# -------------------------------------------------------------------------- calling both sides
+
+
+def named_arrays(value: Any, name: str = "output") -> dict[str, Any]:
+    """The arrays and tensors of a nested result, by place."""
+    if isinstance(value, torch.Tensor | mx.array | np.ndarray):
+        return {name: value}
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, tuple | list):
+        items = enumerate(value)
+    elif hasattr(value, "__dict__"):
+        items = vars(value).items()
+    else:
+        return {}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= named_arrays(item, f"{name}.{key}")
+    return found
+
+
+def _map(value: Any, change: Callable[[np.ndarray], Any]) -> Any:
+    if isinstance(value, np.ndarray):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value
+
+
+def _floats(array: np.ndarray) -> bool:
+    return bool(np.issubdtype(array.dtype, np.floating))
+
+
+@dataclass
+class Bench:
+    """One module on both sides with its inputs at nearby points; what the port computes there.
+
+    ``gradients``: gradients to the floating inputs, under a drawn cotangent, are compared as well.
+    """
+
+    reference: tnn.Module
+    port: mnn.Module
+    inputs: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gradients: bool
+    plan: Plan | None = None
+
+    def __post_init__(self) -> None:
+        self.buffers = {k for k, b in self.reference.named_buffers() if b.is_floating_point()}
+        try:
+            self.plan = match(self.reference, self.port)
+        except CarryError:
+            self.plan = None
+        self.oracle = copy.deepcopy(self.reference).to(torch.float64)
+        self.usual = copy.deepcopy(self.reference).to(torch.float32)
+        rng = np.random.default_rng(0)
+        flat = self._flat(self.inputs, self.kwargs)
+        self.points = [jitter(flat, rng) for _ in range(POINTS)]
+        first = self.run(self.oracle, self.points[0])
+        self.cotangents = {
+            k: rng.standard_normal(a.shape) for k, a in first.items() if not k.startswith("buffer/")
+        }
+        self.layout = self._find_layout()
+        self.ported = [self.run_port(p) for p in self.points]
+        self.rounding = []
+        for p in self.points[::2]:
+            right, usual = self.run(self.oracle, p), self.run(self.usual, p)
+            self.rounding.append({k: usual[k] - right[k] for k in right})
+
+    def _flat(self, inputs: Any, kwargs: Any) -> dict[str, np.ndarray]:
+        found = named_arrays((inputs, kwargs), "in")
+        return {k: a.astype(np.float32) if _floats(a) else a for k, a in found.items()}
+
+    def run(self, module: tnn.Module, point: Tensors) -> dict[str, np.ndarray]:
+        """The reference, or a changed one, in its own precision."""
+        dtype = next(
+            (p.dtype for p in [*module.parameters(), *module.buffers()] if p.is_floating_point()),
+            torch.float64 if module is self.oracle else torch.float32,
+        )
+        tensors: dict[str, torch.Tensor] = {}
+        for name, array in point.items():
+            if _floats(array):
+                tensors[name] = torch.tensor(array, dtype=dtype, requires_grad=self.gradients)
+            else:
+                tensors[name] = torch.from_numpy(np.array(array))
+                if np.issubdtype(array.dtype, np.integer):
+                    tensors[name] = tensors[name].long()
+        state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        inputs, kwargs = _filled(self.inputs, self.kwargs, tensors)
+        found: dict[str, np.ndarray] = {}
+        try:
+            with contextlib.nullcontext() if self.gradients else torch.no_grad():
+                outputs = named_arrays(module(*inputs, **kwargs))
+            if not self.gradients:
+                for name, buffer in module.named_buffers():
+                    if buffer.is_floating_point():
+                        found[f"buffer/{name}"] = buffer.to(torch.float64).numpy().copy()
+        finally:
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    buffer.copy_(state[name])
+        for k, v in outputs.items():
+            if v.is_floating_point():
+                found[k] = v.detach().to(torch.float64).numpy()
+        if self.gradients and hasattr(self, "cotangents"):
+            wrt = {f"d/{k}": x for k, x in tensors.items() if x.requires_grad}
+            wrt |= {f"w/{k}": p for k, p in module.named_parameters()}
+            terms = [
+                (v * torch.from_numpy(self.cotangents[k]).to(v.dtype)).sum()
+                for k, v in outputs.items()
+                if k in self.cotangents and v.requires_grad
+            ]
+            for k, x in wrt.items():
+                found[k] = np.zeros(tuple(x.shape))
+            reached = {k: x for k, x in wrt.items() if x.requires_grad}
+            if terms and reached:
+                grads = torch.autograd.grad(
+                    torch.stack(terms).sum(), list(reached.values()), allow_unused=True
+                )
+                for k, g in zip(reached, grads, strict=True):
+                    if g is not None:
+                        found[k] = g.to(torch.float64).numpy()
+        return found
+
+    def _find_layout(self) -> tuple[bool, bool]:
+        """Whether inputs, and outputs, are channels-last in the port: what runs and fits best."""
+        right = self.run(self.oracle, self.points[0])
+        best: tuple[tuple[int, float], tuple[bool, bool]] | None = None
+        for layout in ((True, True), (False, False), (True, False), (False, True)):
+            try:
+                got = self._call_port(self.points[0], layout)
+            except Exception:
+                continue
+            same = [k for k in got if k in right and got[k].shape == right[k].shape]
+            error = sum(float(np.linalg.norm(got[k] - right[k])) for k in same)
+            rank = (-len(same), error)
+            if got and (best is None or rank < best[0]):
+                best = (rank, layout)
+        if best is None:
+            raise RuntimeError("the port's module does not take the reference's inputs")
+        return best[1]
+
+    def _outputs(self, found: Mapping[str, Any]) -> dict[str, mx.array]:
+        """The port's floating outputs under the reference's names: by name, else by size.
+
+        Recurrent layers and caches return other tuples than PyTorch's.
+        """
+        arrays = {k: v for k, v in found.items() if mx.issubdtype(v.dtype, mx.floating)}
+        if set(arrays) == set(self.cotangents):
+            return arrays
+        paired = {}
+        left = list(arrays.items())
+        for name, cotangent in self.cotangents.items():
+            for k, v in left:
+                if sorted(v.shape) == sorted(cotangent.shape):
+                    paired[name] = v
+                    left = [(j, w) for j, w in left if j != k]
+                    break
+        return paired or dict(zip(self.cotangents, arrays.values(), strict=False))
+
+    def _call_port(self, point: Tensors, layout: tuple[bool, bool]) -> dict[str, np.ndarray]:
+        last_in, last_out = layout
+
+        def laid_out(array: np.ndarray) -> mx.array:
+            image = last_in and _floats(array) and array.ndim >= 3
+            return mx.array(channels_last(array) if image else array)
+
+        arrays = {k: laid_out(a) for k, a in point.items()}
+        floating = {k: a for k, a in arrays.items() if mx.issubdtype(a.dtype, mx.floating)}
+
+        def call(floating: dict[str, mx.array]) -> dict[str, mx.array]:
+            inputs, kwargs = _filled(self.inputs, self.kwargs, arrays | floating)
+            return self._outputs(named_arrays(self.port(*inputs, **kwargs)))
+
+        def numpy(array: mx.array, last: bool) -> np.ndarray:
+            found = np.array(array.astype(mx.float32), dtype=np.float64)
+            return channels_first(found) if last and found.ndim >= 3 else found
+
+        state = self.port.parameters()
+        trained = self.port.trainable_parameters()
+        try:
+            found = {k: numpy(v, last_out) for k, v in call(floating).items()}
+            if not self.gradients:
+                for name, value in self._to_reference(self.port.parameters(), True).items():
+                    if name in self.buffers:
+                        found[f"buffer/{name}"] = value
+                return found
+
+            def total(trained: Any, floating: dict[str, mx.array]) -> mx.array:
+                self.port.update(trained)
+                terms = mx.array(0.0)
+                for k, v in call(floating).items():
+                    cotangent = self.cotangents[k].astype(np.float32)
+                    if last_out and cotangent.ndim >= 3:
+                        cotangent = channels_last(cotangent)
+                    terms = terms + (v * mx.array(cotangent)).sum()
+                return terms
+
+            argnums = [i for i, tree in enumerate((trained, floating)) if tree]
+            grads = mx.grad(total, argnums=argnums)(trained, floating)
+            by = dict(zip(argnums, grads if len(argnums) > 1 else [grads], strict=True))
+            found |= {f"d/{k}": numpy(g, last_in) for k, g in by.get(1, {}).items()}
+            back = self._to_reference(by.get(0, {}), False)
+            return found | {f"w/{k}": g for k, g in back.items()}
+        finally:
+            self.port.update(state)
+
+    def _to_reference(self, tree: Any, values: bool) -> dict[str, np.ndarray]:
+        if self.plan is None:
+            return {}
+        arrays = {k: np.array(a.astype(mx.float32), np.float64) for k, a in flat(tree).items()}
+        return self.plan.values(arrays) if values else self.plan.to_reference(arrays)
+
+    def run_port(self, point: Tensors) -> dict[str, np.ndarray]:
+        return self._call_port(point, self.layout)
+
+    def errors(self, alternative: Alternative, points: Sequence[int]) -> float:
+        """Root mean square of the port's distance from an alternative, over some points."""
+        total = 0.0
+        for k in points:
+            right = self._alternative(alternative, self.points[k])
+            for name, array in self.ported[k].items():
+                if name not in right:
+                    continue
+                if right[name].shape != array.shape:
+                    return math.inf
+                scale = max(float(np.linalg.norm(right[name])), 1e-30)
+                total += (float(np.linalg.norm(array - right[name])) / scale) ** 2
+        return math.sqrt(total / len(points))
+
+    def residual(self, alternative: Alternative, points: Sequence[int]) -> np.ndarray:
+        """The port's outputs less an alternative's, each tensor in units of its size, in a row."""
+        parts = []
+        for k in points:
+            right = self._alternative(alternative, self.points[k])
+            for name, array in self.ported[k].items():
+                if name not in right:
+                    continue
+                scale = max(float(np.linalg.norm(array)), 1e-30)
+                parts.append((array - right[name]).ravel() / scale)
+        return np.concatenate(parts)
+
+    def _alternative(self, alternative: Alternative, point: Tensors) -> dict[str, np.ndarray]:
+        with alternative.within(self.oracle):
+            return self.run(self.oracle, point)
+
+    def judge(self, alternative: Alternative) -> float:
+        """The largest bias over its bound under an alternative: below 1 it is what was computed."""
+        at = {id(p): k for k, p in enumerate(self.points)}
+        drawn = iter(self.points)
+        right: dict[str, np.ndarray] = {}
+
+        def oracle(p: Tensors) -> Tensors:
+            nonlocal right
+            right = self._alternative(alternative, p)
+            right = {k: a for k, a in right.items() if k in self.ported[at[id(p)]]}
+            return right
+
+        def usual(p: Tensors) -> Tensors:
+            """What float32 makes of the reference, around the alternative."""
+            return {k: right[k] + e for k, e in self.rounding[at[id(p)] // 2].items() if k in right}
+
+        findings = compare(
+            oracle,
+            usual,
+            lambda p: {k: a for k, a in self.ported[at[id(p)]].items() if k in right},
+            lambda: next(drawn),
+            stages=(POINTS,),
+            alpha=ALPHA,
+        )
+        return max(f.bias / f.bound if f.ok else max(f.bias / f.bound, 1.0) for f in findings)
+
+
+def _filled(inputs: Any, kwargs: Any, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Inputs and keyword arguments with the arrays put in their places."""
+
+    def walk(value: Any, name: str) -> Any:
+        if isinstance(value, np.ndarray):
+            return arrays[name]
+        if isinstance(value, dict):
+            return {k: walk(v, f"{name}.{k}") for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(walk(v, f"{name}.{i}") for i, v in enumerate(value))
+        return value
+
+    return walk(inputs, "in.0"), walk(kwargs, "in.1")
+
+
+# ---------------------------------------------------------------------------- trying them out
+
+
+def _tried(pair: ModulePair, capture: Capture, backward: bool, seconds: float) -> list[Diagnosis]:
+    """The alternatives under which the port is equal, likely ones first; one of each trap."""
+    try:
+        bench = Bench(pair.reference, pair.port, capture.inputs, capture.kwargs, backward)
+    except Exception:  # a module that cannot be called alone cannot be explained this way
+        return []
+    point = bench.points[0]
+
+    def call(module: tnn.Module) -> Any:
+        module = module.to(torch.float64)
+        tensors = {
+            k: torch.tensor(a, dtype=torch.float64, requires_grad=backward)
+            if _floats(a)
+            else torch.from_numpy(np.array(a)).long()
+            for k, a in point.items()
+        }
+        inputs, kwargs = _filled(bench.inputs, bench.kwargs, tensors)
+        return module(*inputs, **kwargs)
+
+    unchanged = Alternative("", "", lambda module: contextlib.nullcontext())
+    before = bench.errors(unchanged, (0, 1))
+    with contextlib.suppress(Exception):
+        if bench.judge(unchanged) < 1:
+            return []  # nothing differs here that could be explained
+    found: list[Diagnosis] = []
+    seen: set[str] = set()
+    stop = time.monotonic() + seconds
+    for alternative in alternatives(bench.oracle, call, backward):
+        if time.monotonic() > stop:
+            break
+        if alternative.trap_id in seen:
+            continue
+        try:
+            best = _fitted(bench, alternative) if alternative.fit else alternative
+            if best is None or not bench.errors(best, (0, 1)) < 0.97 * before:
+                continue
+            share = bench.judge(best)
+        except Exception:  # the change does not fit this module
+            continue
+        if share < 1:
+            seen.add(best.trap_id)
+            where = pair.reference_path or type(pair.reference).__name__
+            evidence = (
+                f"with {best.what} in the original the port is equal to it "
+                f"(bias {share:.2g} of its bound)"
+            )
+            found.append(_diagnosis(best.trap_id, where, evidence))
+            if len(found) == 3:
+                break
+    return found
+
+
+def _fitted(bench: Bench, alternative: Alternative) -> Alternative | None:
+    """The number that explains most, by Gauss and Newton on the residual; None if none does."""
+    assert alternative.fit is not None
+    assert alternative.at is not None
+    start, logarithmic = alternative.fit
+    points = range(0, POINTS, 4)
+
+    def at(t: float) -> Alternative:
+        return alternative.at(math.exp(t) if logarithmic else t)  # type: ignore[misc]
+
+    t = math.log(start) if logarithmic else start
+    for _ in range(12):
+        r = bench.residual(at(t), points)
+        h = 1e-4 * max(abs(t), 1e-3) if not logarithmic else 1e-3
+        slope = (r - bench.residual(at(t + h), points)) / h
+        norm = float(slope @ slope)
+        if norm == 0 or not math.isfinite(norm):
+            return None
+        step = float(slope @ r) / norm
+        if logarithmic:
+            step = max(-3.0, min(3.0, step))
+        t += step
+        if abs(step) < 1e-10 * max(abs(t), 1e-3):
+            break
+    return at(t)

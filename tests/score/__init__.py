@@ -1,0 +1,5 @@
+"""How well the kit finds faults: seeded ones in small ports, and none in correct ones."""
+
+from tests.score import convolutional, sequence, training
+
+FAMILIES = (*sequence.FAMILIES, *convolutional.FAMILIES, *training.FAMILIES)
