@@ -21,6 +21,7 @@ from mlx_impl.images import Images, grid, plot_losses, write_losses, write_png
 from mlx_impl.systems import NEEDED, SYSTEMS, Option, Settings
 from mlx_impl.train import (
     Failed,
+    Position,
     Refused,
     Run,
     load,
@@ -276,13 +277,12 @@ def train_command(options: Settings, console: Console) -> int:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
-        task = bar.add_task("", means="")
+        task = bar.add_task("", means="", total=max(n // config["batch_size"], 1))
 
-        def on_step(epoch: int, batch: int, batches: int, means: dict[str, float]) -> None:
+        def on_step(position: Position, means: dict[str, float]) -> None:
             text = "  ".join(f"{name} {mean:.4f}" for name, mean in means.items())
-            bar.update(
-                task, description=f"epoch {epoch + 1}", completed=batch, total=batches, means=text
-            )
+            epoch = f"epoch {position.epoch + 1}"
+            bar.update(task, description=epoch, completed=position.batch, means=text)
 
         def on_epoch(row: dict[str, float | int], per_second: float) -> None:
             losses = {k: v for k, v in row.items() if k not in ("epoch", "step")}

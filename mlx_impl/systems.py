@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl import diffusion, mlp_gan
+from mlx_impl import conv_gan, dcgan, diffusion, mlp_gan
 from mlx_impl.data import Dataset
 
 Settings = dict[str, Any]
@@ -133,6 +133,17 @@ def _mlp_gan(settings: Settings) -> Training:
     return adversarial(mlp_gan, settings, {"widths": widths})
 
 
+def _conv_gan(settings: Settings) -> Training:
+    return adversarial(conv_gan, settings, {"width": settings["width"]})
+
+
+def _dcgan(settings: Settings) -> Training:
+    training = adversarial(dcgan, settings, {k: settings[k] for k in ("width", "stages")})
+    for i, module in enumerate(training.modules.values()):
+        dcgan.init_weights(module, settings["seed"] + i)
+    return training
+
+
 PROCESS = (
     Option("timesteps", 1000, "steps of noise"),
     Option("schedule", "linear", "how the noise grows", str, ("linear", "cosine")),
@@ -211,6 +222,20 @@ SYSTEMS: dict[str, System] = {
         build=_mlp_gan,
         options=(
             Option("document", "002", "whose widths", type=str, choices=("001", "002")),
+            LATENT_DIM,
+        ),
+    ),
+    "conv-gan": System(
+        about="convolutional GAN of document 000",
+        build=_conv_gan,
+        options=(Option("width", 128, "channels before the image"), LATENT_DIM),
+    ),
+    "dcgan": System(
+        about="DCGAN (Radford et al. 2016), document 000's canonical form",
+        build=_dcgan,
+        options=(
+            Option("width", 64, "channels before the image"),
+            Option("stages", 2, "how often the size is halved; 4 for 64x64"),
             LATENT_DIM,
         ),
     ),

@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -31,6 +31,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
+from numpy.typing import NDArray
 
 from mlx_impl.data import DATASETS, Dataset, batch_indices, load_dataset
 from mlx_impl.images import Images, grid, plot_losses, replacing, write_losses, write_png
@@ -308,13 +309,13 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     compiled: bool = True,
-    on_step: Callable[[int, int, int, dict[str, float]], None] = lambda *_: None,
+    on_step: Callable[[Position, dict[str, float]], None] = lambda *_: None,
     on_epoch: Callable[[dict[str, float | int], float], None] = lambda *_: None,
 ) -> bool:
     """Train until the run's end and return True, or save and return False on Ctrl-C or SIGTERM.
 
-    ``on_step(epoch, batch, batches, means)`` is told of every step, ``on_epoch(row, steps_per_s)``
-    of every epoch. Raises Refused, and Failed when a loss is no longer a number.
+    ``on_step(position, means)`` is told of every step, ``on_epoch(row, steps_per_second)`` of every
+    epoch. Raises Refused, and Failed when a loss is no longer a number.
     """
     with refusing(ValueError):
         batches = len(batch_indices(len(dataset.images), config["batch_size"], _rng(config, 0)))
@@ -331,63 +332,81 @@ def train(
     rows = run.read_losses(position.epoch) if resume else []
 
     parts = list(training.parts.values())
-    state = [part.state for part in parts]
     step = compile_step(training.step, *parts) if compiled else _uncompiled(training.step, parts)
     for module in training.modules.values():
         module.train()
 
     saved_at = time.monotonic()
     with _StopSignals() as stop:
-        while position.epoch * batches + position.batch < end:
+        while (done := position.epoch * batches + position.batch) < end:
+            last = min(batches, end - position.epoch * batches)
             order = batch_indices(
                 len(dataset.images), config["batch_size"], _rng(config, position.epoch)
             )
-            last = min(batches, end - position.epoch * batches)
-            started, first, waiting = time.perf_counter(), position.batch, None
-            for batch in range(position.batch, last):
-                number = position.epoch * batches + batch
-                images = mx.array(dataset.images[order[batch]])
-                labels = None if dataset.labels is None else mx.array(dataset.labels[order[batch]])
-                key = random_key(config["seed"], _STEP, number)
-                losses = step(*training.draw(key, images, labels))
-                losses = losses if isinstance(losses, tuple) else (losses,)
-                # The next step is prepared while this one runs; waiting for the one before keeps
-                # no more than two of them in memory.
-                mx.async_eval(losses, state)
-                if waiting is not None:
-                    _add(training, position, waiting, batches)
-                    on_step(position.epoch, position.batch, batches, _means(training, position))
-                if batch == first:
-                    mx.eval(losses)
-                    started = time.perf_counter()  # the first one includes compiling
-                waiting = losses
-                if stop.asked:
-                    break
-            if waiting is not None:
-                _add(training, position, waiting, batches)
-                on_step(position.epoch, position.batch, batches, _means(training, position))
-            seconds = time.perf_counter() - started
+            taken = _batches(dataset, order[position.batch : last])
+            keys = (random_key(config["seed"], _STEP, done + i) for i in range(batches))
+            work = zip(taken, keys, strict=False)
+            speed = _take_steps(training, step, work, position, stop, on_step)
             if position.batch < last:  # interrupted
                 run.save(training, position)
                 return False
 
-            epoch = position.epoch + 1
-            done = position.epoch * batches + position.batch
+            epoch, done = position.epoch + 1, position.epoch * batches + last
             rows.append({"epoch": epoch, "step": done, **_means(training, position)})
             write_losses(run.losses, rows)
             if epoch % config["preview_every"] == 0 or done == end:
                 _preview(run, training, config, dataset, epoch)
-            if position.batch == batches:
+            if last == batches:
                 position = Position(epoch, 0, [0.0] * len(training.losses))
             if done == end or stop.asked or time.monotonic() - saved_at >= SAVE_EVERY:
                 with suppress(ImportError):  # without matplotlib there is no plot
                     plot_losses(run.plot, rows)
                 run.save(training, position)
                 saved_at = time.monotonic()
-            on_epoch(rows[-1], (last - first - 1) / seconds if last - first > 1 else math.nan)
+            on_epoch(rows[-1], speed)
             if stop.asked:
                 return done == end
     return True
+
+
+def _take_steps(
+    training: Training,
+    step: Callable[..., Any],
+    batches: Iterable[tuple[tuple[mx.array, mx.array | None], mx.array]],
+    position: Position,
+    stop: "_StopSignals",
+    on_step: Callable[[Position, dict[str, float]], None],
+) -> float:
+    """Take a step on each batch, until asked to stop; return the steps a second after the first.
+
+    The next step is prepared while the one before runs, and no more than these two are in memory.
+    """
+    state = [part.state for part in training.parts.values()]
+    started, n, waiting = math.nan, 0, None
+    for (images, labels), key in batches:
+        losses = step(*training.draw(key, images, labels))
+        losses = losses if isinstance(losses, tuple) else (losses,)
+        mx.async_eval(losses, state)
+        if waiting is not None:
+            _count(training, position, waiting, on_step)
+        waiting, n = losses, n + 1
+        if n == 1:
+            mx.eval(losses)
+            started = time.perf_counter()  # the first step includes compiling
+        if stop.asked:
+            break
+    if waiting is not None:
+        _count(training, position, waiting, on_step)
+    return (n - 1) / (time.perf_counter() - started) if n > 1 else math.nan
+
+
+def _batches(
+    dataset: Dataset, order: NDArray[np.intp]
+) -> Iterator[tuple[mx.array, mx.array | None]]:
+    """Images and labels by the rows of ``order``."""
+    for chosen in order:
+        labels = None if dataset.labels is None else mx.array(dataset.labels[chosen])
+        yield mx.array(dataset.images[chosen]), labels
 
 
 def _rng(config: Settings, epoch: int) -> np.random.Generator:
@@ -398,8 +417,11 @@ def _uncompiled(step: Callable[..., Any], parts: list[Any]) -> Callable[..., Any
     return lambda *arrays: step(*parts, *arrays)
 
 
-def _add(
-    training: Training, position: Position, losses: tuple[mx.array, ...], batches: int
+def _count(
+    training: Training,
+    position: Position,
+    losses: tuple[mx.array, ...],
+    on_step: Callable[[Position, dict[str, float]], None],
 ) -> None:
     """Count a step once its losses are there."""
     values = [float(np.array(loss)) for loss in losses]
@@ -407,11 +429,11 @@ def _add(
     for name, value in zip(training.losses, values, strict=True):
         if not math.isfinite(value):
             raise Failed(
-                f"{name} is {value} at step {position.epoch * batches + position.batch} (epoch "
-                f"{position.epoch + 1}): try a smaller --learning-rate; the last checkpoint is "
-                "that of the epoch before"
+                f"{name} is {value} at step {position.batch} of epoch {position.epoch + 1}: try a "
+                "smaller --learning-rate; the last checkpoint is from before"
             )
     position.sums = [a + b for a, b in zip(position.sums, values, strict=True)]
+    on_step(position, _means(training, position))
 
 
 def _means(training: Training, position: Position) -> dict[str, float]:

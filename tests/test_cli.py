@@ -37,6 +37,10 @@ SMALL = [
 PROCESS = ["--timesteps", "5", "--schedule", "cosine", "--ema-decay", "0.5"]
 TINY = {
     "mlp-gan": Tiny(["--document", "001", "--latent-dim", "3"], ["d_loss", "g_loss"], [[]]),
+    "conv-gan": Tiny(["--width", "2", "--latent-dim", "3"], ["d_loss", "g_loss"], [[]]),
+    "dcgan": Tiny(
+        ["--width", "2", "--stages", "1", "--latent-dim", "3"], ["d_loss", "g_loss"], [[]]
+    ),
     "diffusion": Tiny(
         ["--width", "4", *PROCESS],
         ["loss"],
@@ -293,7 +297,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch, capsys):
     )
     assert train(tmp_path / "run") == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "stopped: g_loss is nan at step 1 (epoch 1): try a smaller --learning-rate" in said
+    assert "stopped: g_loss is nan at step 1 of epoch 1: try a smaller --learning-rate" in said
 
 
 # What is refused, with exit code 2 and one message
@@ -451,6 +455,16 @@ def test_bad_sampling(diffused, tmp_path, capsys, given, message):
 def test_sampling_options_of_another_system(trained, capsys):
     message = refused(capsys, "sample", trained, "--eta", "0", "--steps", "3")
     assert "is a run of mlp-gan, which has no --eta, --steps" in message
+
+
+def test_sizes_that_do_not_fit_are_refused_before_a_run_begins(tmp_path, capsys):
+    for system, given, message in (
+        ("conv-gan", "30", "image_size is 30 x 30: both must be multiples of 4"),
+        ("dcgan", "30x28", "image_size is 30 x 28: both must be multiples of 4"),
+    ):
+        options = ["--out", tmp_path / "run", "--image-size", given]
+        assert message in refused(capsys, "train", system, *options), system
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_processes(tmp_path, capsys):
