@@ -84,25 +84,32 @@ def lint(
     return _of_clues(dict.fromkeys(clues))
 
 
-def diagnose(guilty: Guilty, *, seconds: float = 20.0) -> list[Diagnosis]:
-    """The causes of one module's difference, the surest first; empty where none is known.
+def diagnose(
+    suspects: Guilty | ModulePair | Iterable[Guilty | ModulePair], *, seconds: float = 20.0
+) -> list[Diagnosis]:
+    """The causes of modules' differences, the surest first; empty where none is known.
 
-    A single rule that fits is believed at once. ``seconds`` bounds the search for alternatives.
+    Of a :class:`ModulePair` only the rules that need no numbers are asked. Both sides' modules must
+    hold the same weights. ``seconds`` bounds the search for alternatives at each module.
     """
+    several = [suspects] if isinstance(suspects, Guilty | ModulePair) else list(suspects)
+    found: list[Diagnosis] = []
+    for suspect in several:
+        if isinstance(suspect, Guilty):
+            found += _of_guilty(suspect, seconds)
+        else:
+            found += _of_clues(of_pair(suspect))
+    return list(dict.fromkeys(found))
+
+
+def _of_guilty(guilty: Guilty, seconds: float) -> list[Diagnosis]:
     pair = guilty.pair
-    found = _of_clues(of_pair(pair))
-    inside = _inside(pair)
-    for child in inside:
-        found += _of_clues(of_pair(child))
+    read = _of_clues(c for p in (pair, *_inside(pair)) for c in of_pair(p))
     tried = _tried(pair, guilty.capture, guilty.direction == "backward", seconds)
-    named = {d.trap_id for d in tried}
     # What both say comes first, then what was computed, then what was only read.
-    both = [d for d in found if d.trap_id in named]
-    return [
-        *both,
-        *(t for t in tried if t.trap_id not in {d.trap_id for d in both}),
-        *(d for d in found if d not in both),
-    ]
+    both = [d for d in read if d.trap_id in {t.trap_id for t in tried}]
+    computed = [t for t in tried if t.trap_id not in {d.trap_id for d in both}]
+    return [*both, *computed, *(d for d in read if d not in both)]
 
 
 class _Function(tnn.Module):
