@@ -204,6 +204,9 @@ def test_sampling_is_its_steps_in_turn(side, settings, seed):
 
     sampled = d.ddpm_sample(model, s, x, iter(noises), variance="beta")
     assert heard == list(range(len(s)))[::-1]
+    stacked = (torch if side is TORCH else mx).stack([*noises, x])
+    again = d.ddpm_sample(model, s, x, stacked, variance="beta")
+    assert np.array_equal(take(sampled), take(again))
     for t, z in zip(reversed(range(len(s))), [*noises, None], strict=True):
         x = d.ddpm_step(model, s, x, give(side, np.array([t])), z, variance="beta")
     assert np.array_equal(take(sampled), take(x))
@@ -430,7 +433,7 @@ def test_ema_goes_through_a_compiled_step_and_a_file(tmp_path):
     np.testing.assert_allclose(*results, rtol=0, atol=moved / 100)
 
 
-# Types and what is no parameter
+# Types
 
 
 @each_side
@@ -453,16 +456,7 @@ def cast_up(array):
     return array.float() if isinstance(array, torch.Tensor) else array.astype(mx.float32)
 
 
-def test_a_schedule_in_a_module_is_no_parameter():
-    module = nn.Module()
-    module.schedule = mlx_impl.diffusion.linear_schedule()
-    assert module.parameters() == {"schedule": {}} or not module.trainable_parameters()
-
-
 # Bad input
-
-
-SCHEDULES = {"linear": "linear_schedule", "cosine": "cosine_schedule"}
 
 
 @each_side
