@@ -320,9 +320,9 @@ def ddpm_step(
 ) -> mx.array:
     """One step of ancestral sampling, x_t to x_{t-1} (Ho Algorithm 2, line 4); all (B, ..., C).
 
-    ``variance`` of the noise is β or β̃ (Ho, section 3.2); step 0 adds none. ``clip_x0`` cuts the
-    x_0 that the model implies to [-1, 1], the range of images. The mean is Eq. 7's, which without
-    clipping is Eq. 11's. Raises as :func:`predict_x0`.
+    ``variance`` of the noise is β or β̃ (Ho, section 3.2); step 0 adds none, and without ``noise``
+    no step does. ``clip_x0`` cuts the x_0 that the model implies to [-1, 1], the range of images.
+    The mean is Eq. 7's, which without clipping is Eq. 11's. Raises as :func:`predict_x0`.
     """
     prediction = _call(model, schedule, x_t, timesteps)
     x0 = predict_x0(schedule, x_t, timesteps, prediction, target)
@@ -379,7 +379,8 @@ def ddpm_sample(
 
     ``step_noises`` yields the noise (B, ..., C) of every step but the last, T - 1 in all: a list, a
     stacked array, or a generator that draws it. Put the model in evaluation mode first. Each step
-    is evaluated, so that the graph stays as small as one step.
+    is evaluated, so that the graph stays as small as one step; what can be compiled is the model,
+    as ``mx.compile(model)``.
 
     Raises as :func:`ddpm_step`; ValueError for noise that is not finite or ends too early;
     FloatingPointError where the samples cease to be finite.

@@ -311,9 +311,9 @@ def ddpm_step(
 ) -> Tensor:
     """One step of ancestral sampling, x_t to x_{t-1} (Ho Algorithm 2, line 4); all (B, C, ...).
 
-    ``variance`` of the noise is β or β̃ (Ho, section 3.2); step 0 adds none. ``clip_x0`` cuts the
-    x_0 that the model implies to [-1, 1], the range of images. The mean is Eq. 7's, which without
-    clipping is Eq. 11's. Raises as :func:`predict_x0`.
+    ``variance`` of the noise is β or β̃ (Ho, section 3.2); step 0 adds none, and without ``noise``
+    no step does. ``clip_x0`` cuts the x_0 that the model implies to [-1, 1], the range of images.
+    The mean is Eq. 7's, which without clipping is Eq. 11's. Raises as :func:`predict_x0`.
     """
     prediction = _call(model, schedule, x_t, timesteps)
     x0 = predict_x0(schedule, x_t, timesteps, prediction, target)

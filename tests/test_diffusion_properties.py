@@ -212,6 +212,22 @@ def test_sampling_is_its_steps_in_turn(side, settings, seed):
     assert np.array_equal(take(sampled), take(x))
 
 
+@compiles
+def test_sampling_takes_a_compiled_model():
+    """One trace for all steps: the timestep is an array, not a number of Python's."""
+    d, traces = mlx_impl.diffusion, []
+    model, s = d.Denoiser(1, 4, 6), d.linear_schedule(1000).respaced(5)
+    x = mx.array(draws(0, 2, 1)[0])
+
+    def counted(x, t):
+        traces.append(t)
+        return model(x, t)
+
+    sampled = d.ddim_sample(mx.compile(counted), s, x, clip_x0=True)
+    assert len(traces) == 1
+    assert sampled.shape == x.shape
+
+
 @each_side
 @pytest.mark.parametrize("step", ["ddpm_step", "ddim_step"])
 def test_step_0_adds_no_noise(side, step):
