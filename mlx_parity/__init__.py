@@ -7,6 +7,7 @@ require_mlx()
 from mlx_parity import card  # noqa: E402
 from mlx_parity.carry import Plan, carry, channels_first, channels_last, match  # noqa: E402
 from mlx_parity.case import Case, Loss, System  # noqa: E402
+from mlx_parity.check import check  # noqa: E402
 from mlx_parity.equality import Finding, bound, compare, jitter  # noqa: E402
 from mlx_parity.errors import (  # noqa: E402
     CannotCompile,
@@ -18,7 +19,9 @@ from mlx_parity.errors import (  # noqa: E402
     TF32Error,
 )
 from mlx_parity.ladder import RUNGS, Climb, compiles  # noqa: E402
+from mlx_parity.localise import Guilty, ModulePair, pairs  # noqa: E402
 from mlx_parity.proof import Proof, Row, climb, prove  # noqa: E402
+from mlx_parity.report import Report  # noqa: E402
 
 __all__ = [
     "RUNGS",
@@ -28,12 +31,15 @@ __all__ = [
     "Climb",
     "EmptyBatchError",
     "Finding",
+    "Guilty",
     "Loss",
+    "ModulePair",
     "NotFiniteError",
     "NotProven",
     "ParityError",
     "Plan",
     "Proof",
+    "Report",
     "Row",
     "System",
     "TF32Error",
@@ -42,10 +48,12 @@ __all__ = [
     "carry",
     "channels_first",
     "channels_last",
+    "check",
     "climb",
     "compare",
     "compiles",
     "jitter",
     "match",
+    "pairs",
     "prove",
 ]

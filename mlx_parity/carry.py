@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,8 @@ class Link:
     """The port's gradient to the reference tensors' gradients."""
     invertible: bool = True
     """Whether the adjoint is also the inverse, so that values can be carried back."""
+    partial: bool = False
+    """Whether the inverse gives back some elements of its sources only, and zeros elsewhere."""
 
     @property
     def name(self) -> str:
@@ -218,6 +220,8 @@ class Plan:
     reference: tnn.Module
     port: mnn.Module
     links: tuple[Link, ...]
+    ignored: frozenset[str] = field(default_factory=frozenset, kw_only=True)
+    """The reference's tensors that nothing of the port stands for: they keep their values."""
 
     def to_port(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """Reference tensors by name to the port's tensors by name."""
@@ -238,11 +242,13 @@ class Plan:
 
     def values(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """The port's tensors by name to the reference's, leaving out what has no inverse."""
-        return {
-            link.sources[0]: link.adjoint(tensors[link.port])[0]
-            for link in self.links
-            if link.invertible and link.port in tensors
-        }
+        found: dict[str, Array] = {}
+        for link in self.links:
+            if not link.invertible or link.port not in tensors:
+                continue
+            for source, a in zip(link.sources, link.adjoint(tensors[link.port]), strict=True):
+                found[source] = found[source] + a if link.partial and source in found else a
+        return found
 
     def load(self, tensors: Mapping[str, Array]) -> None:
         """Put reference tensors, by name, into the port."""

@@ -60,6 +60,9 @@ class Case:
     """As a document writes it, repaired, or as the field does it; for the card only."""
     images: frozenset[str] = frozenset()
     carry: Callable[[Shape], Mapping[str, Mapping[str, Any]]] = lambda shape: {}
+    plan: Callable[..., Any] | None = None
+    """``plan(reference, port, **carry)`` makes a module's :class:`mlx_parity.Plan`, where names and
+    layer types do not tell and :func:`mlx_parity.match` would refuse."""
     weights: Callable[[Shape, np.random.Generator], Mapping[str, np.ndarray]] = lambda *_: {}
     """Tensors by ``module.tensor``, in the reference's layout, instead of the ladder's own draw:
     trained weights, or a parameter with a range of its own."""

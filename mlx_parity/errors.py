@@ -27,3 +27,17 @@ class CannotCompile(ParityError):
 
 class TF32Error(ParityError):
     """Numbers are to be compared where MLX may round products to 10 bits."""
+
+
+class SideError(ParityError):
+    """One side raised an error of its own. ``side`` is whose fault it is."""
+
+    def __init__(self, side: str, doing: str, error: BaseException):
+        self.side, self.doing, self.error = side, doing, error
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        super().__init__(f"the {side} raises {what} {doing}")
+
+
+class NoGradient(SideError):
+    """One side computes its loss and cannot be differentiated."""

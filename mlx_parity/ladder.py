@@ -24,7 +24,9 @@ from mlx_parity.equality import Finding, compare, jitter
 from mlx_parity.errors import (
     CarryError,
     EmptyBatchError,
+    NoGradient,
     NotFiniteError,
+    SideError,
     TF32Error,
 )
 from mlx_parity.sides import MLXSide, Results, TorchSide, at_step
@@ -167,6 +169,7 @@ class Climb:
         self.usual = TorchSide(case, shape, torch.float32)
         self.point = draw_point(case, shape, self.rng, STEPS)
         self.names = [n for n in self.point if "." not in n and "@" not in n]
+        self.ignored: frozenset[str] = frozenset()
 
     def run(self) -> list[Rung]:
         """Every rung that needs no compiler, up to the first that fails."""
@@ -182,25 +185,38 @@ class Climb:
             self.port = MLXSide(self.case, self.shape, self.usual.system)
         except CarryError as error:
             return [Rung("structure", False, message=str(error))]
+        plans = self.port.plans.items()
+        self.ignored = frozenset(f"{m}.{n}" for m, plan in plans for n in plan.ignored)
         wrong = [line for plan in self.port.plans.values() for line in plan.misplaced()]
         return [Rung("structure", not wrong, message="\n".join(wrong))]
 
-    def derivatives(self) -> list[Rung]:
-        findings = self._compare(
-            lambda p: self.oracle.derivatives(p, self.names),
-            lambda p: self.usual.derivatives(p, self.names),
-            lambda p: self.port.derivatives(p, self.names),
-        )
+    def derivatives(self, gradients: bool = True) -> list[Rung]:
+        """Forward, loss and gradients; of a port that has none, forward and loss, and why."""
+        try:
+            findings = self._compare(
+                lambda p: self.oracle.derivatives(p, self.names, gradients),
+                lambda p: self.usual.derivatives(p, self.names, gradients),
+                lambda p: self.port.derivatives(p, self.names, gradients=gradients),
+                enough=lambda finding: finding.tensor.startswith("forward "),
+            )
+        except NoGradient as error:
+            if error.side == "reference":
+                raise
+            return [
+                *self.derivatives(gradients=False),
+                Rung("gradients", False, message=str(error)),
+            ]
         return self._split(findings, ("forward", "loss", "gradients"))
 
     def training(self) -> list[Rung]:
         if self.usual.system.step is None:
             return []
         compared = {
-            f"{m}.{link.sources[0]}"
+            f"{m}.{source}"
             for m, plan in self.port.plans.items()
             for link in plan.links
             if link.invertible
+            for source in link.sources
         }
 
         def paired(results: Results) -> Results:
@@ -267,7 +283,10 @@ class Climb:
 
         try:
             findings = self._compiled(counted)
-        except RuntimeError as error:  # MLX, of state that is not among inputs and outputs
+        except (
+            RuntimeError,
+            SideError,
+        ) as error:  # MLX, of state that is not among inputs and outputs
             return Rung("compiled", False, message=f"MLX cannot run it: {error}")
         retraced = [f"{name} was traced {n} times" for name, n in traces.items() if n != 1]
         ok = not retraced and all(f.ok for f in findings)
@@ -298,8 +317,21 @@ class Climb:
             lambda p: self.port.derivatives(p, self.names, transform),
         )
 
-    def _compare(self, oracle: Any, usual: Any, port: Any) -> list[Finding]:
-        return compare(oracle, usual, port, lambda: jitter(self.point, self.rng))
+    def _compare(self, oracle: Any, usual: Any, port: Any, **options: Any) -> list[Finding]:
+        def known(results: Results) -> Results:
+            """Without what nothing in the port stands for."""
+            if not self.ignored:
+                return results
+            return {k: a for k, a in results.items() if not self.ignored & _names_in(k)}
+
+        return compare(
+            lambda p: known(oracle(p)), lambda p: known(usual(p)), port, self.near, **options
+        )
+
+    def near(self) -> Results:
+        """A nearby point; what the port does not hold stays where it is."""
+        moving = {n: a for n, a in self.point.items() if n not in self.ignored}
+        return self.point | jitter(moving, self.rng)
 
     def _split(self, findings: Iterable[Finding], prefixes: Iterable[str]) -> list[Rung]:
         findings = list(findings)
@@ -309,6 +341,11 @@ class Climb:
             if own:
                 rungs.append(Rung(prefix, all(f.ok for f in own), own))
         return rungs
+
+
+def _names_in(key: str) -> set[str]:
+    """The tensors that a result's name may mean: ``gradients loss/net.weight`` has one."""
+    return {part.rpartition("/")[2] for part in key.split(" ")}
 
 
 def _unequal(a: Results, b: Results) -> list[str]:

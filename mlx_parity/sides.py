@@ -6,7 +6,9 @@ its names. So do the results, whichever side computed them: the ladder sees no f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mlx_parity.carry import (
 )
 from mlx_parity.case import Case, Loss, Shape, System
 from mlx_parity.equality import Tensors
+from mlx_parity.errors import NoGradient, ParityError, SideError
 
 require_mlx()
 
@@ -64,30 +67,43 @@ class TorchSide:
                 tensor.copy_(torch.from_numpy(point[name]))
 
     def _input(self, array: np.ndarray, grad: bool = False) -> torch.Tensor:
+        if array.dtype == np.bool_:
+            return torch.from_numpy(array)
         if not np.issubdtype(array.dtype, np.floating):
             return torch.from_numpy(array).long()
         return torch.tensor(array, dtype=self.dtype, requires_grad=grad)
 
-    def derivatives(self, point: Tensors, names: Iterable[str]) -> Results:
-        """Outputs, buffers, losses, and each loss's gradients to its parameters and the inputs."""
+    def derivatives(self, point: Tensors, names: Iterable[str], gradients: bool = True) -> Results:
+        """Outputs, buffers, losses, and each loss's gradients to its parameters and the inputs.
+
+        Raises :class:`SideError` where the model itself raises.
+        """
         self.load(point)
         inputs = {n: self._input(point[n], grad=True) for n in names}
         found: Results = {}
         if self.system.forward is not None:
-            for name, value in self.system.forward(**inputs).items():
+            with blame("reference", "in its forward pass"):
+                outputs = self.system.forward(**inputs)
+            for name, value in outputs.items():
                 found[f"forward {name}"] = _array(value)
             for m, module in self.system.modules.items():
                 for name, buffer in reference_tensors(module).items():
                     if not isinstance(buffer, torch.nn.Parameter):
                         found[f"forward {m}.{name}"] = _array(buffer)
         for name, loss in self.system.losses.items():
-            value = loss.function(**inputs)
+            with blame("reference", f"in computing {name}"):
+                value = loss.function(**inputs)
             found[f"loss {name}"] = _array(value)
+            if not gradients:
+                continue
             wrt = {n: x for n, x in inputs.items() if x.requires_grad}
             for m in loss.of:
                 parameters = self.system.modules[m].named_parameters()
                 wrt |= {f"{m}.{k}": p for k, p in parameters if p.requires_grad}
-            grads = torch.autograd.grad(value, list(wrt.values()), allow_unused=True)
+            if not wrt:
+                continue
+            with blame("reference", f"in differentiating {name}", NoGradient):
+                grads = torch.autograd.grad(value, list(wrt.values()), allow_unused=True)
             for (n, x), g in zip(wrt.items(), grads, strict=True):
                 found[f"gradients {name}/{n}"] = _array(torch.zeros_like(x) if g is None else g)
         return found
@@ -102,7 +118,16 @@ class TorchSide:
         found: Results = {}
         for i in range(steps):
             inputs = [self._input(point[at_step(n, i)]) for n in names]
-            losses = self.system.step(*modules.values(), *optimizers.values(), *inputs)
+            rates = [[g["lr"] for g in o.param_groups] for o in optimizers.values()]
+            if self.dtype is torch.float32:
+                for optimizer in optimizers.values():
+                    _in_single_precision(optimizer, i + 1)
+            with blame("reference", "in its training step"):
+                losses = self.system.step(*modules.values(), *optimizers.values(), *inputs)
+            if self.dtype is torch.float32:
+                for optimizer, kept in zip(optimizers.values(), rates, strict=True):
+                    for group, rate in zip(optimizer.param_groups, kept, strict=True):
+                        group["lr"] = rate
             for name, loss in zip(self.system.losses, losses, strict=True):
                 found[f"trajectory {name} {i}"] = _array(loss)
             if steps == 1:
@@ -131,7 +156,7 @@ class MLXSide:
         self.system = case.build(case.port, shape)
         options = case.carry(shape)
         self.plans: dict[str, Plan] = {
-            m: match(reference.modules[m], module, **options.get(m, {}))
+            m: (case.plan or match)(reference.modules[m], module, **options.get(m, {}))
             for m, module in self.system.modules.items()
         }
         for m, optimizer in self.system.optimizers.items():
@@ -159,13 +184,17 @@ class MLXSide:
         point: Tensors,
         names: Iterable[str],
         transform: Callable[[str, Callable[..., Any]], Callable[..., Any]] = lambda name, f: f,
+        gradients: bool = True,
     ) -> Results:
         """As :meth:`TorchSide.derivatives`; ``transform(name, f)`` may compile the evaluation."""
         self.load(point)
         inputs = {n: self._input(n, point[n]) for n in names}
         found: Results = {}
         if self.system.forward is not None:
-            for name, value in self.system.forward(**inputs).items():
+            with blame("port", "in its forward pass"):
+                outputs = self.system.forward(**inputs)
+                mx.eval(outputs)
+            for name, value in outputs.items():
                 found[f"forward {name}"] = self._output(name, value)
             for m, module in self.system.modules.items():
                 arrays = {k: _array(v) for k, v in flat(module.parameters()).items()}
@@ -176,16 +205,24 @@ class MLXSide:
         for name, loss in self.system.losses.items():
             evaluate = transform(name, self._differentiated(loss, inputs))
             parameters = {m: self.system.modules[m].trainable_parameters() for m in loss.of}
+            if not gradients:
+                with blame("port", f"in computing {name}"):
+                    found[f"loss {name}"] = _array(loss.function(**inputs))
+                continue
             held = {m: module.parameters() for m, module in self.system.modules.items()}
-            value, (of_parameters, of_inputs) = evaluate(parameters, inputs, held)
-            for m, tree in held.items():  # the differentiated function left tracers behind
-                self.system.modules[m].update(tree)
+            try:
+                with blame("port", f"in differentiating {name}", NoGradient):
+                    value, (of_parameters, of_inputs) = evaluate(parameters, inputs, held)
+                    mx.eval(value, of_parameters, of_inputs)
+            finally:  # the differentiated function left tracers behind
+                for m, tree in held.items():
+                    self.system.modules[m].update(tree)
             found[f"loss {name}"] = _array(value)
             for n, g in of_inputs.items():
                 found[f"gradients {name}/{n}"] = self._output(n, g)
             for m in loss.of:
-                gradients = {k: _array(g) for k, g in flat(of_parameters[m]).items()}
-                for n, g in self.plans[m].to_reference(gradients).items():
+                arrays = {k: _array(g) for k, g in flat(of_parameters[m]).items()}
+                for n, g in self.plans[m].to_reference(arrays).items():
                     found[f"gradients {name}/{m}.{n}"] = g
         return found
 
@@ -205,6 +242,8 @@ class MLXSide:
             floats = {n: inputs[n] for n in floating}
             others = {n: x for n, x in inputs.items() if n not in floating}
             argnums = [i for i, tree in enumerate((parameters, floats)) if tree]
+            if not argnums:
+                return value(parameters, floats, others, held), ({}, {})
             out, grads = mx.value_and_grad(value, argnums)(parameters, floats, others, held)
             grads = list(grads) if len(argnums) > 1 else [grads]
             return out, tuple(grads.pop(0) if i in argnums else {} for i in range(2))
@@ -231,8 +270,10 @@ class MLXSide:
         state = [s.state for s in self.stateful]
         found: Results = {}
         for i in range(steps):
-            losses = take(*(self._input(n, point[at_step(n, i)]) for n in names))
-            mx.eval(losses, state)
+            arrays = [self._input(n, point[at_step(n, i)]) for n in names]
+            with blame("port", "in its training step"):
+                losses = take(*arrays)
+                mx.eval(losses, state)
             for name, loss in zip(self.system.losses, losses, strict=True):
                 found[f"trajectory {name} {i}"] = _array(loss)
             if steps == 1:
@@ -281,6 +322,17 @@ class MLXSide:
             restore_tree(optimizer.state, saved)
 
 
+@contextmanager
+def blame(side: str, doing: str, kind: type[SideError] = SideError) -> Iterator[None]:
+    """Whatever the model raises here is its own: say whose it is, and doing what."""
+    try:
+        yield
+    except ParityError:
+        raise
+    except Exception as error:
+        raise kind(side, doing, error) from error
+
+
 def _array(value: Any) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         return value.detach().to(torch.float64).cpu().numpy().copy()
@@ -302,6 +354,25 @@ def restore_tree(tree: Any, flat: Mapping[str, mx.array]) -> None:
                 node[key] = value
 
     put(tree, tree_unflatten(list(flat.items())))
+
+
+def _in_single_precision(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Give the step the rounding that Adam's corrections have in float32: 1 - 0.999 is off by 1e-5.
+
+    MLX computes them so, PyTorch in Python's double precision. It is the usual rounding of the
+    precision in which the port computes, and so belongs to the float32 side, not to the oracle.
+    """
+    for group in optimizer.param_groups:
+        betas, rate = group.get("betas"), group["lr"]
+        if not isinstance(betas, tuple | list) or not all(isinstance(b, float) for b in betas):
+            continue
+        if not isinstance(rate, float):
+            continue
+        exact, single = (
+            math.sqrt(float(1 - number(betas[1]) ** step)) / float(1 - number(betas[0]) ** step)
+            for number in (float, np.float32)
+        )
+        group["lr"] = rate * single / exact
 
 
 def _moment_names(optimizer: torch.optim.Optimizer) -> list[str]:

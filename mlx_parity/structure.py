@@ -1,0 +1,100 @@
+"""What models take and give: arrays, alone or in tuples, lists, dicts, dataclasses and objects."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlx_parity._backend import require_mlx
+
+require_mlx()
+
+import mlx.core as mx  # noqa: E402
+
+DEPTH = 8
+"""How deep arrays are looked for; what lies deeper is somebody's own graph."""
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | torch.Tensor | mx.array)
+
+
+def is_floating(value: Any) -> bool:
+    """Whether an array of any of the three libraries holds real numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    if isinstance(value, mx.array):
+        return bool(mx.issubdtype(value.dtype, mx.floating))
+    return isinstance(value, np.ndarray) and bool(np.issubdtype(value.dtype, np.floating))
+
+
+def leaves(value: Any) -> dict[str, Any]:
+    """The arrays in a value by their place: ``""`` for an array alone, ``0``, ``logits``, ``1.h``.
+
+    Lists, tuples, mappings, dataclasses and plain objects are looked into; modules are not.
+    """
+    found: dict[str, Any] = {}
+
+    def walk(item: Any, place: str, depth: int) -> None:
+        if is_array(item):
+            found[place] = item
+        elif depth < DEPTH:
+            for key, child in _children(item):
+                walk(child, f"{place}.{key}" if place else str(key), depth + 1)
+
+    walk(value, "", 0)
+    return found
+
+
+def _children(item: Any) -> list[tuple[Any, Any]]:
+    if isinstance(item, torch.nn.Module) or hasattr(item, "trainable_parameters"):
+        return []
+    if isinstance(item, Mapping):
+        return list(item.items())
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return list(zip(item._fields, item, strict=True))
+    if isinstance(item, list | tuple):
+        return list(enumerate(item))
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return [(f.name, getattr(item, f.name)) for f in dataclasses.fields(item)]
+    if hasattr(item, "__dict__") and not isinstance(item, type) and not callable(item):
+        return [(k, v) for k, v in vars(item).items() if not k.startswith("_")]
+    return []
+
+
+def replace(value: Any, change: Callable[[str, Any], Any]) -> Any:
+    """A copy of ``value`` with each array ``a`` at ``place`` replaced by ``change(place, a)``."""
+
+    def walk(item: Any, place: str, depth: int) -> Any:
+        if is_array(item):
+            return change(place, item)
+        children = _children(item) if depth < DEPTH else []
+        if not children:
+            return item
+        new = {k: walk(c, f"{place}.{k}" if place else str(k), depth + 1) for k, c in children}
+        if all(new[k] is c for k, c in children):
+            return item
+        return _rebuilt(item, new)
+
+    return walk(value, "", 0)
+
+
+def _rebuilt(item: Any, new: dict[Any, Any]) -> Any:
+    if type(item) is dict:
+        return new
+    if type(item) in (list, tuple):
+        return type(item)(new.values())
+    if isinstance(item, tuple):
+        return type(item)(*new.values())
+    made = copy.copy(item)
+    for key, value in new.items():
+        if isinstance(item, Mapping | list):
+            made[key] = value
+        else:
+            object.__setattr__(made, key, value)
+    return made

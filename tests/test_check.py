@@ -1,0 +1,314 @@
+"""The one call: what it infers, what it refuses and whose fault it says that is."""
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as mnn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from torch import nn as tnn
+
+import mlx_parity
+from mlx_parity import NotProven, check
+from mlx_parity.pairing import port_modules
+from tests.foreign import resnet
+
+X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+
+
+class Net(tnn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = tnn.Linear(4, 5), tnn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(torch.tanh(self.fc1(x)))
+
+
+class Port(mnn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = mnn.Linear(4, 5), mnn.Linear(5, 2, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(mx.tanh(self.fc1(x)))
+
+
+def test_three_lines_prove_a_port():
+    report = check(Net(), Port(), X)
+    report.assert_ok()
+    assert report.ok
+    assert report.exit_code == 0
+    assert [r.name for r in report.rungs[:4]] == ["structure", "forward", "loss", "gradients"]
+    assert "Net → Port: equal" in str(report)
+
+
+def test_training_too_when_optimizers_are_given():
+    optimizers = (
+        lambda p: torch.optim.Adam(p, 1e-2),
+        optim.Adam(1e-2, bias_correction=True),
+    )
+    report = check(Net(), Port(), X, optimizer=optimizers)
+    report.assert_ok()
+    assert {"optimizer step", "trajectory"} <= {r.name for r in report.rungs}
+    wrong = check(Net(), Port(), X, optimizer=(optimizers[0], optim.Adam(1e-2)))
+    assert wrong.failed is not None
+    assert wrong.failed.name == "optimizer step"
+
+
+def test_a_loss_of_the_output_and_its_targets():
+    labels = np.array([0, 1, 1])
+    losses = (
+        tnn.functional.cross_entropy,
+        lambda y, t: mnn.losses.cross_entropy(y, t, reduction="mean"),
+    )
+    check(Net(), Port(), X, loss=losses, targets=labels).assert_ok()
+    summed = (losses[0], lambda y, t: mnn.losses.cross_entropy(y, t, reduction="sum"))
+    report = check(Net(), Port(), X, loss=summed, targets=labels)
+    assert report.failed is not None
+    assert report.failed.name == "loss"
+
+
+def test_plain_functions_need_no_module():
+    def theirs(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.softmax(-1) * y, (x * y).sum()
+
+    def ours(x: mx.array, y: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.softmax(x, -1) * y, (x * y).sum()
+
+    check(theirs, ours, (X, X[::-1].copy())).assert_ok()
+    wrong = check(theirs, lambda x, y: (mx.softmax(x, 0) * y, (x * y).sum()), (X, X + 1))
+    assert wrong.verdict == "different"
+    assert "forward 0" in str(wrong)
+
+
+def test_weights_go_through_the_ports_own_sanitize():
+    class Sanitized(mnn.Module):
+        def __init__(self, swapped: bool = False) -> None:
+            super().__init__()
+            self.up, self.down = mnn.Linear(4, 5), mnn.Linear(5, 2)
+            self.swapped = swapped
+
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            names = {"fc1": "up", "fc2": "down"}
+            made = {f"{names[k[:3]]}{k[3:]}": v for k, v in weights.items()}
+            if self.swapped:
+                made["down.bias"] = made["down.bias"][::-1]
+            return made
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.down(mx.tanh(self.up(x)))
+
+    report = check(Net(), Sanitized(), X)
+    report.assert_ok()
+    assert report.carried == "carried through the port's sanitize"
+    assert check(Net(), Sanitized(swapped=True), X).verdict == "different"
+
+
+def test_both_sides_may_hold_their_weights_already():
+    reference, port = Net(), Port()
+    mlx_parity.carry(reference, port)
+    check(reference, port, X, carry=False).assert_ok()
+    port.fc1.weight = port.fc1.weight * 1.0001
+    report = check(reference, port, X, carry=False)
+    assert report.verdict == "different"
+    assert report.guilty[0].pair.reference_path == "fc1"
+
+
+def test_images_are_found_by_the_first_convolution_or_declared():
+    x = np.random.default_rng(0).standard_normal((2, 3, 6, 5))
+
+    def conv(x: mx.array) -> mx.array:
+        return mnn.relu(x)
+
+    class Same(mnn.Module):
+        """Takes and gives NCHW, as some ports do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = mnn.Conv2d(3, 4, 3)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return conv(self.conv(x.transpose(0, 2, 3, 1))).transpose(0, 3, 1, 2)
+
+    class Theirs(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = tnn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.conv(x))
+
+    class Last(mnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = mnn.Conv2d(3, 4, 3)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return conv(self.conv(x))
+
+    assert check(Theirs(), Last(), x).layouts.keys() == {"x", "output"}
+    report = check(Theirs(), Same(), x)
+    report.assert_ok()
+    assert not report.layouts
+    declared = check(Theirs(), Last(), x, images=["x", "output"])
+    declared.assert_ok()
+    assert "images names y" in check(Theirs(), Last(), x, images=["y"]).problem
+
+
+def test_a_port_without_gradients_is_a_finding():
+    class Stuck(Port):
+        def __call__(self, x: mx.array) -> mx.array:
+            return mx.array(np.array(super().__call__(x)))
+
+    report = check(Net(), Stuck(), X)
+    assert report.verdict == "different"
+    assert report.failed is not None
+    assert report.failed.name == "gradients"
+    check(Net(), Port(), X, until="forward").assert_ok()
+
+
+def test_a_bias_that_the_port_lacks_is_a_difference_of_structure():
+    report = check(Net(), Port(bias=False), X)
+    assert report.verdict == "different"
+    assert "fc2 [Linear] has no bias" in str(report)
+
+
+# ----------------------------------------------------------------------- whose fault it is
+
+
+def broken(change: Any) -> Port:
+    class Broken(Port):
+        def __call__(self, x: mx.array) -> mx.array:
+            return change(super().__call__(x))
+
+    return Broken()
+
+
+class Raising(mnn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return x.reshape(7, 7)
+
+
+def test_a_port_that_raises_is_named_with_the_module_it_raises_in():
+    port = Port()
+    port.fc2 = mnn.Sequential(port.fc2, Raising())
+    report = check(Net(), port, X, map={"fc2": "fc2.layers.0"})
+    assert (report.verdict, report.fault, report.exit_code) == ("undecided", "port", 2)
+    assert "the port raises ValueError" in report.problem
+    assert "in fc2.layers.1" in report.problem
+
+
+def test_a_reference_that_raises_is_at_fault_itself():
+    report = check(Net(), Port(), X[:, :3])
+    assert (report.verdict, report.fault) == ("undecided", "reference")
+    assert "in fc1" in report.problem
+
+
+def test_a_reference_that_draws_is_not_deterministic():
+    class Noisy(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + torch.randn(1)
+
+    report = check(Noisy(), Port(), X)
+    assert report.fault == "reference"
+    assert "not deterministic" in report.problem
+
+
+def test_nan_in_the_reference_is_its_own_fault():
+    reference = Net()
+    with torch.no_grad():
+        reference.fc2.bias[0] = torch.nan
+    report = check(reference, Port(), X)
+    assert report.fault == "reference"
+    assert "NaN in fc2.bias" in report.problem
+
+
+def test_weights_without_a_place_are_listed_with_what_to_do():
+    class Wide(mnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1 = mnn.Linear(4, 9)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.fc1(x)
+
+    report = check(Net(), Wide(), X)
+    assert (report.verdict, report.fault) == ("undecided", "weights")
+    for part in ("fc2.weight [2, 5]", "map=", "sanitize=", "carry=False"):
+        assert part in report.problem
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (np.full((3, 4), np.nan), "input 'x' holds NaN"),
+        (np.zeros((0, 4)), "at least 1"),
+    ],
+)
+def test_bad_inputs_are_refused_by_name(inputs: np.ndarray, said: str):
+    report = check(Net(), Port(), inputs)
+    assert report.fault == "inputs"
+    assert said in report.problem
+
+
+def test_the_order_of_the_two_models_matters():
+    assert "PyTorch's model comes first" in check(Port(), Net(), X).problem
+
+
+def test_assert_ok_raises_with_the_whole_report():
+    with pytest.raises(NotProven, match="different in forward"):
+        check(Net(), broken(lambda y: y * 1.001), X).assert_ok()
+    with pytest.raises(AssertionError, match="could not be judged"):
+        check(Net(), broken(lambda y: y.reshape(99)), X).assert_ok()
+
+
+# ------------------------------------------------------------------------- left as it was found
+
+
+def state(module: mnn.Module) -> list[Any]:
+    arrays = [(k, np.array(v)) for k, v in tree_flatten(module.parameters())]
+    classes = [(p, type(m), id(m), m.training) for p, m in port_modules(module).items()]
+    return [[(k, a.tolist()) for k, a in arrays], classes]
+
+
+@pytest.mark.parametrize("error", [False, True], ids=["", "after an error"])
+def test_both_models_and_both_random_states_are_left_as_they_were(error: bool):
+    reference, port = resnet.ResNet(), resnet.ResNetPort()
+    port.eval()
+    if error:
+        port.out = Raising()
+    x = torch.randn(2, 3, 5, 6)
+    tensors = {k: v.clone() for k, v in reference.state_dict().items()}
+    before = state(port)
+    torch_random = torch.get_rng_state()
+    identities = [id(v) for _, v in tree_flatten(port.parameters())]
+    report = check(reference, port, x)
+    assert report.ok is not error
+    assert state(port) == before
+    assert [id(v) for _, v in tree_flatten(port.parameters())] == identities
+    assert all(torch.equal(v, tensors[k]) for k, v in reference.state_dict().items())
+    assert all(p.grad is None for p in reference.parameters())
+    assert all(not m._forward_hooks for m in reference.modules())
+    assert torch.equal(torch.get_rng_state(), torch_random)
+
+
+# ------------------------------------------------------------------------------- what it writes
+
+
+def test_json_and_html_say_the_same_and_need_no_network(tmp_path: Any):
+    report = check(Net(), broken(lambda y: y * 1.001), X)
+    data = json.loads(report.to_json(tmp_path / "report.json"))
+    assert data["verdict"] == "different"
+    assert data["guilty"][0]["reference"] == ""
+    assert {"forward", "backward", "isolated"} <= data["modules"][0].keys()
+    page = report.to_html(tmp_path / "report.html")
+    assert page == (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "http" not in page.replace("http-equiv", "")
+    for path in ("fc1", "fc2"):
+        assert path in page
