@@ -13,7 +13,7 @@ import copy
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -352,14 +352,21 @@ class _Subject:
         if self.training is None:
             self.training = getattr(self.reference, "training", False)
         self.prototype = self._copied()
+        self.original = self.port
         if isinstance(self.port, mnn.Module):
+            with suppress(Exception):  # what cannot be copied is used itself, and restored
+                self.port = copy.deepcopy(self.port)
             if self.port.training != self.training:
                 mode = "training" if self.training else "evaluation"
                 self.report.notes.append(f"the port was put into {mode} mode, as the reference is")
-            self.port.train(self.training)
-        self._silence()
+        self._set_mode()
         self._carry()
         self._try()
+
+    def _set_mode(self) -> None:
+        if isinstance(self.port, mnn.Module):
+            self.port.train(bool(self.training))
+        self._silence()
 
     def _look_at_inputs(self) -> None:
         """Constants (masks with infinities) are not varied; NaN and emptiness are refused."""
@@ -613,6 +620,14 @@ class _Subject:
                 mx.eval(list(leaves(output).values()))
             except Exception as error:
                 raise SideError("port", _in(calls.open, "in its forward pass"), error) from error
+        if watched and not calls and self.port is not self.original:
+            self.port = self.original  # call_port calls it by another name than its argument's
+            self._set_mode()
+            if self.plan is not None:
+                self.plan = replace(self.plan, port=self.port)
+                if self.plan.links:
+                    self.plan.carry()
+            return self._port_call(images)
         found = {n: _plain(a) for n, a in leaves(output).items()}
         if not found:
             raise SideError(
@@ -945,8 +960,12 @@ RANKS = {
 def _locate(subject: _Subject, climb: Climb, report: Report, failed: str) -> None:
     assert subject.plan is not None
     theirs = climb.usual.system.modules[MODEL]
+    ours = port_modules(climb.port.system.modules[MODEL])
     pairs = Pairs(
-        (replace(p, reference=theirs.get_submodule(p.reference_path)) for p in subject.plan.pairs),
+        (
+            replace(p, reference=theirs.get_submodule(p.reference_path), port=ours[p.port_path])
+            for p in subject.plan.pairs
+        ),
         subject.plan.pairs.unpaired,
     )
     loss = "loss" if climb.usual.system.losses else None

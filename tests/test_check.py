@@ -312,3 +312,10 @@ def test_json_and_html_say_the_same_and_need_no_network(tmp_path: Any):
     assert "http" not in page.replace("http-equiv", "")
     for path in ("fc1", "fc2"):
         assert path in page
+
+
+def test_a_port_that_is_called_by_another_name_is_the_one_that_is_checked():
+    port = Port()
+    before = state(port)
+    check(Net(), port, X, call_port=lambda model, x: port(x)).assert_ok()
+    assert state(port) == before
