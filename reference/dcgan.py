@@ -100,7 +100,7 @@ def _pyramid(
 
 
 def init_weights(module: nn.Module, seed: int) -> None:
-    """Radford section 4: kernels from N(0, 0.02); norms' weights from N(1, 0.02), their biases 0.
+    """Kernels from N(0, 0.02), Radford section 4; norms' weights from N(1, 0.02), their biases 0.
 
     Drawn from a stream of their own, so that ``seed`` alone decides them.
     """

@@ -81,7 +81,7 @@ GAN = Case(
     images=frozenset({"real", "fake"}),
     carry=_carry,
     compile_step=compile_step,
-    cost=5,
+    cost=8,
     full_size={"latent_dim": 100, "width": 128, "image_size": (64, 64), "channels": 3},
 )
 
@@ -95,7 +95,7 @@ GENERATOR = replace(
     },
     images=frozenset({"output", "cotangent"}),
     compile_step=None,
-    cost=2,
+    cost=5,
     samples=True,
 )
 
@@ -109,7 +109,7 @@ DISCRIMINATOR = replace(
     },
     images=frozenset({"x"}),
     compile_step=None,
-    cost=2,
+    cost=5,
 )
 
 CASES = (GAN, GENERATOR, DISCRIMINATOR)

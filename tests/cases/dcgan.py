@@ -88,7 +88,7 @@ GAN = Case(
     },
     images=frozenset({"real", "fake"}),
     compile_step=compile_step,
-    cost=5,
+    cost=12,
     full_size={
         "latent_dim": 100,
         "width": 64,
@@ -108,7 +108,7 @@ GENERATOR = replace(
     },
     images=frozenset({"output", "cotangent"}),
     compile_step=None,
-    cost=2,
+    cost=5,
 )
 
 DISCRIMINATOR = replace(
@@ -121,7 +121,7 @@ DISCRIMINATOR = replace(
     },
     images=frozenset({"x"}),
     compile_step=None,
-    cost=2,
+    cost=5,
 )
 
 
