@@ -81,7 +81,7 @@ GAN = Case(
     images=frozenset({"real", "fake"}),
     carry=_carry,
     compile_step=compile_step,
-    cost=8,
+    cost=12,
     full_size={"latent_dim": 100, "width": 128, "image_size": (64, 64), "channels": 3},
 )
 
