@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Refused as error:
         console.print(f"python -m mlx_impl {command}: {error}", markup=False, soft_wrap=True)
         return BAD_INPUT
-    except Failed as error:
+    except (Failed, OSError) as error:  # a folder that cannot be written, a full disk
         console.print(f"[red]stopped:[/] {escape(str(error))}", soft_wrap=True)
         return FAILED
     except KeyboardInterrupt:
@@ -264,6 +264,10 @@ def train_command(options: Settings, console: Console) -> int:
             "and slower. Install g++ (Debian, Ubuntu: apt-get install g++), or say --no-compile."
         )
         compiled = False
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(
+            "without losses.png, which needs matplotlib: python -m pip install matplotlib"
+        )
     n, h, w, c = dataset.images.shape
     console.print(f"{system} on {n} images of {h} x {w} x {c}, on {_device()}")
 

@@ -167,6 +167,11 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def require_pillow() -> None:
+    """Raise ImportError where Pillow is missing: better before a run than at its first grid."""
+    _pillow("Image")
+
+
 def _pillow(*modules: str) -> list[Any]:
     try:
         from importlib import import_module

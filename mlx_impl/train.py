@@ -34,7 +34,15 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from numpy.typing import NDArray
 
 from mlx_impl.data import DATASETS, Dataset, batch_indices, load_dataset
-from mlx_impl.images import Images, grid, plot_losses, replacing, write_losses, write_png
+from mlx_impl.images import (
+    Images,
+    grid,
+    plot_losses,
+    replacing,
+    require_pillow,
+    write_losses,
+    write_png,
+)
 from mlx_impl.systems import SYSTEMS, Settings, Training
 from mlx_impl.training import compile_step
 
@@ -317,7 +325,8 @@ def train(
     ``on_step(position, means)`` is told of every step, ``on_epoch(row, steps_per_second)`` of every
     epoch. Raises Refused, and Failed when a loss is no longer a number.
     """
-    with refusing(ValueError):
+    with refusing(ValueError, ImportError):
+        require_pillow()
         batches = len(batch_indices(len(dataset.images), config["batch_size"], _rng(config, 0)))
     end = config["steps"] or config["epochs"] * batches
     training = build(config)

@@ -158,6 +158,34 @@ def test_losses_are_the_means_of_an_epoch(tmp_path, monkeypatch):
     np.testing.assert_allclose(means, expected, rtol=1e-12)
 
 
+def test_every_step_has_images_and_noise_of_its_own(tmp_path, monkeypatch):
+    drawn: list[tuple[bytes, bytes]] = []
+    real = training._uncompiled
+
+    def spy(step, parts):
+        uncompiled = real(step, parts)
+
+        def watched(images, noise):
+            drawn.append((np.array(images).tobytes(), np.array(noise).tobytes()))
+            return uncompiled(images, noise)
+
+        return watched
+
+    monkeypatch.setattr(training, "_uncompiled", spy)
+    assert train(tmp_path / "a") == train(tmp_path / "b", "--seed", "1") == 0
+    images, noises = (set(column) for column in zip(*drawn, strict=True))
+    assert len(images) == len(noises) == 2 * 12
+
+
+def test_diffusion_is_sampled_from_the_averaged_weights(tmp_path):
+    """The weights that are trained do not depend on the average's decay, the samples do."""
+    for decay in ("0.5", "0.9"):
+        assert train(tmp_path / decay, "--ema-decay", decay, system="diffusion") == 0
+    a, b = (contents(tmp_path / decay) for decay in ("0.5", "0.9"))
+    assert a["losses.csv"] == b["losses.csv"]
+    assert a["samples/epoch_0003.png"] != b["samples/epoch_0003.png"]
+
+
 def test_steps_end_a_run_within_an_epoch(tmp_path):
     assert train(tmp_path / "run", "--steps", "6", "--epochs", "3") == 2
     options = [*SMALL, *TINY["mlp-gan"].options, "--no-compile"]
@@ -196,6 +224,16 @@ def test_the_compiled_step_is_the_uncompiled_one(trained, tmp_path):
     assert mine.keys() == theirs.keys()
     for name in mine:
         np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_sampling_moves_no_running_statistics(tmp_path):
+    assert train(tmp_path / "run", "--epochs", "1", system="dcgan") == 0
+    _, trained = training.restore(training.Run(tmp_path / "run"))
+    before = {k: np.array(v) for k, v in training._all_arrays(trained).items()}
+    training.sample(trained, 5, mx.random.key(0))
+    np.testing.assert_equal(
+        {k: np.array(v) for k, v in training._all_arrays(trained).items()}, before
+    )
 
 
 def test_samples_follow_from_their_seed(trained, tmp_path):
@@ -487,6 +525,29 @@ def test_without_a_compiler_it_is_said_and_training_goes_on(tmp_path, monkeypatc
     assert train(tmp_path / "run", compiled=True) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "MLX compiles for the CPU with g++, which is not installed" in said
+
+
+def test_what_is_missing_is_said_before_training(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "PIL.Image", None)
+        message = refused(capsys, "train", "mlp-gan", "--out", tmp_path / "run", *SMALL)
+        assert "image files need Pillow: python -m pip install pillow" in message
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert train(tmp_path / "run", "--epochs", "1") == 0
+    assert "without losses.png, which needs matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "losses.png").exists()
+    assert (tmp_path / "run" / "losses.csv").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.Run, "save", full)
+    assert train(tmp_path / "run", "--epochs", "1") == 1
+    assert "stopped: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
