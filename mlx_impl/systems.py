@@ -5,6 +5,7 @@ step draws besides images, and how images are drawn from what was trained. ``tra
 command line know systems only through this file.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl import conv_gan, dcgan, diffusion, mlp_gan
+from mlx_impl import conv_gan, dcgan, diffusion, latent_diffusion, mlp_gan, unet
 from mlx_impl.data import Dataset
 
 Settings = dict[str, Any]
@@ -216,6 +217,157 @@ def _denoiser(settings: Settings) -> Training:
     return denoising(model, settings)
 
 
+def _unet(settings: Settings) -> Training:
+    return denoising(unet_of(settings, settings["image_size"], settings["channels"]), settings)
+
+
+def unet_of(
+    settings: Settings, size: tuple[int, int], channels: int, num_classes: int | None = None
+) -> unet.UNet:
+    """A U-Net for (B, *size, channels), with attention where the image is halved once."""
+    return unet.UNet(
+        channels,
+        settings["width"],
+        settings["multipliers"],
+        settings["blocks"],
+        attention_resolutions=(min(size) // 2,) if len(settings["multipliers"]) > 1 else (),
+        image_size=min(size),
+        groups=settings["groups"],
+        num_classes=num_classes,
+    )
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """ "1,2,2" as (1, 2, 2)."""
+    return tuple(int(part) for part in text.split(","))
+
+
+UNET = (
+    Option("width", 64, "channels at the image's own size"),
+    Option("multipliers", (1, 2, 2), "of the width, for each size; each halves", whole_numbers),
+    Option("blocks", 2, "residual blocks at each size"),
+    Option("groups", 32, "of channels that are normalised together"),
+)
+
+
+def _autoencoder(settings: Settings) -> Training:
+    model = latent_diffusion.Autoencoder(
+        settings["channels"],
+        settings["latent_channels"],
+        settings["width"],
+        settings["multipliers"],
+        settings["groups"],
+    )
+    mean, _ = model.encode(mx.zeros((1, *settings["image_size"], settings["channels"])))
+
+    def draw(key: mx.array, images: mx.array, labels: mx.array | None) -> tuple[mx.array, ...]:
+        return images, mx.random.normal((len(images), *mean.shape[1:]), key=key)
+
+    return Training(
+        modules={"autoencoder": model},
+        optimizers={"optimizer": latent_diffusion.make_optimizer(model)},
+        step=partial(latent_diffusion.autoencoder_train_step, kl_weight=settings["kl_weight"]),
+        losses=("reconstruction", "kl"),
+        draw=draw,
+        reconstruct=lambda images: model.decode(model.encode(images)[0]),
+    )
+
+
+def _of_autoencoder(settings: Settings, dataset: Dataset) -> Settings:
+    """The settings of the autoencoder's run, and the scale of its latents of the data."""
+    theirs, autoencoder = _trained_autoencoder(settings["autoencoder"])
+    for name in ("image_size", "channels"):
+        if theirs[name] != settings[name]:
+            raise ValueError(
+                f"{settings['autoencoder']} was trained with {name} {theirs[name]}, but here it is "
+                f"{settings[name]}"
+            )
+    if dataset.labels is None:
+        raise ValueError("latent diffusion is told a class of each image, and these have no labels")
+    images = mx.array(dataset.images[:512])
+    mean, _ = autoencoder.encode(images)
+    noise = mx.random.normal(mean.shape, key=mx.random.key(settings["seed"]))
+    return {
+        "autoencoder": os.path.abspath(settings["autoencoder"]),
+        "autoencoder_settings": theirs,
+        "latent_scale": latent_diffusion.measure_latent_scale(autoencoder, images, noise),
+    }
+
+
+def _trained_autoencoder(run: str) -> tuple[Settings, latent_diffusion.Autoencoder]:
+    from mlx_impl.train import Refused, Run, restore
+
+    try:
+        settings, training = restore(Run(run))
+    except Refused as error:
+        raise ValueError(f"--autoencoder: {error}") from error
+    if settings["system"] != "autoencoder":
+        raise ValueError(f"--autoencoder: {run} is a run of {settings['system']}")
+    return settings, training.modules["autoencoder"]
+
+
+def _latent_diffusion(settings: Settings) -> Training:
+    classes, scale, schedule = settings["classes"], settings["latent_scale"], schedule_of(settings)
+    autoencoder = _autoencoder(settings["autoencoder_settings"]).modules["autoencoder"]
+    image = (*settings["image_size"], settings["channels"])
+    latent = autoencoder.encode(mx.zeros((1, *image)))[0].shape[1:]
+    model = unet_of(settings, latent[:2], latent[2], classes)
+    ema = diffusion.EMA(model, settings["ema_decay"])
+    model(mx.zeros((1, *latent)), mx.zeros(1, mx.int32), mx.zeros(1, mx.int32))  # do sizes fit?
+
+    def start() -> None:
+        _, trained = _trained_autoencoder(settings["autoencoder"])
+        autoencoder.update(trained.parameters())
+
+    def draw(key: mx.array, images: mx.array, labels: mx.array) -> tuple[mx.array, ...]:
+        b, keys = len(images), mx.random.split(key, 4)
+        return (
+            images,
+            mx.random.normal((b, *latent), key=keys[0]),
+            mx.random.randint(0, len(schedule), (b,), key=keys[1]),
+            mx.random.normal((b, *latent), key=keys[2]),
+            labels,
+            mx.random.uniform(shape=(b,), key=keys[3]) < settings["drop"],
+        )
+
+    train_step = partial(latent_diffusion.train_step, schedule=schedule, latent_scale=scale)
+
+    def step(model: Any, autoencoder: Any, ema: Any, optimizer: Any, *arrays: mx.array) -> mx.array:
+        loss = train_step(model, autoencoder, optimizer, *arrays)
+        ema.update_parameters(model)
+        return loss
+
+    def sample(
+        key: mx.array,
+        n: int,
+        class_: int | None = None,
+        guidance: float = 3.0,
+        steps: int | None = None,
+        eta: float = 0.0,
+    ) -> mx.array:
+        if class_ is not None and not 0 <= class_ < classes:
+            raise ValueError(f"class must be from 0 to {classes - 1}, got {class_}")
+        labels = mx.arange(n) % classes if class_ is None else mx.full((n,), class_)
+        spaced = schedule.respaced(min(50, len(schedule)) if steps is None else steps)
+        keys = iter(mx.random.split(key, len(spaced)))
+        noise = mx.random.normal((n, *latent), key=next(keys))
+        noises = (mx.random.normal(noise.shape, key=k) for k in keys)
+        average: Any = ema.average
+        return latent_diffusion.sample(
+            average, autoencoder, spaced, noise, labels, guidance, scale, noises, eta
+        )
+
+    return Training(
+        modules={"model": model, "autoencoder": autoencoder, "ema": ema},
+        optimizers={"optimizer": latent_diffusion.make_optimizer(model)},
+        step=step,
+        losses=("loss",),
+        draw=draw,
+        sample=sample,
+        start=start,
+    )
+
+
 SYSTEMS: dict[str, System] = {
     "mlp-gan": System(
         about="fully connected GAN of documents 001 and 002",
@@ -244,5 +396,47 @@ SYSTEMS: dict[str, System] = {
         build=_denoiser,
         options=(Option("width", 128, "channels between the convolutions"), *PROCESS),
         sampling=SAMPLER,
+    ),
+    "unet": System(
+        about="diffusion with the U-Net of Ho et al. 2020, document 004's canonical form",
+        build=_unet,
+        options=(*UNET, *PROCESS),
+        sampling=SAMPLER,
+    ),
+    "autoencoder": System(
+        about="first stage of latent diffusion: images to latents and back",
+        build=_autoencoder,
+        options=(
+            Option("latent_channels", 4, "of a latent"),
+            Option("width", 32, "channels at the image's own size"),
+            Option(
+                "multipliers", (1, 2, 2), "of the width, for each size; each halves", whole_numbers
+            ),
+            Option("groups", 8, "of channels that are normalised together"),
+            Option("kl_weight", latent_diffusion.KL_WEIGHT, "of the latents' divergence", float),
+        ),
+        image_size=(32, 32),
+    ),
+    "latent-diffusion": System(
+        about="latent diffusion with classes (Rombach et al. 2022), small",
+        build=_latent_diffusion,
+        prepare=_of_autoencoder,
+        options=(
+            Option("autoencoder", NEEDED, "folder of the autoencoder's run", str),
+            Option("width", 64, "channels at the latents' own size"),
+            Option(
+                "multipliers", (1, 2), "of the width, for each size; each halves", whole_numbers
+            ),
+            Option("blocks", 1, "residual blocks at each size"),
+            Option("groups", 16, "of channels that are normalised together"),
+            Option("drop", 0.1, "share of images whose class is kept back", float),
+            *(option for option in PROCESS if option.name != "target"),
+        ),
+        sampling=(
+            Option("class_", None, "which (default: each in turn)"),
+            Option("guidance", 3.0, "how much more like its class; 1: as trained", float),
+            *(option for option in SAMPLER if option.name != "sampler"),
+        ),
+        image_size=(32, 32),
     ),
 }

@@ -35,6 +35,7 @@ SMALL = [
     *("--preview-every", "1"),
 ]
 PROCESS = ["--timesteps", "5", "--schedule", "cosine", "--ema-decay", "0.5"]
+NET = ["--width", "4", "--multipliers", "1,1", "--groups", "2"]
 TINY = {
     "mlp-gan": Tiny(["--document", "001", "--latent-dim", "3"], ["d_loss", "g_loss"], [[]]),
     "conv-gan": Tiny(["--width", "2", "--latent-dim", "3"], ["d_loss", "g_loss"], [[]]),
@@ -45,6 +46,13 @@ TINY = {
         ["--width", "4", *PROCESS],
         ["loss"],
         [[], ["--sampler", "ddpm"], ["--steps", "2", "--eta", "1"]],
+    ),
+    "unet": Tiny([*NET, "--blocks", "1", *PROCESS], ["loss"], [["--sampler", "ddpm"]]),
+    "autoencoder": Tiny([*NET, "--latent-channels", "2"], ["reconstruction", "kl"], [[]]),
+    "latent-diffusion": Tiny(
+        [*NET, *PROCESS],
+        ["loss"],
+        [["--steps", "2", "--guidance", "1"], ["--class", "3", "--steps", "2", "--eta", "1"]],
     ),
 }
 
@@ -68,6 +76,11 @@ def train(out: Path, *more: str, system: str = "mlp-gan", compiled: bool = False
     options = [*SMALL, "--epochs", "3", *TINY[system].options, *more]
     if not compiled:
         options.append("--no-compile")
+    if system == "latent-diffusion":
+        first_stage = out.parent / "autoencoder"
+        if not first_stage.exists():
+            assert train(first_stage, system="autoencoder") == 0
+        options += ["--autoencoder", str(first_stage)]
     return run("train", system, "--out", out, *options)
 
 
@@ -499,10 +512,67 @@ def test_sizes_that_do_not_fit_are_refused_before_a_run_begins(tmp_path, capsys)
     for system, given, message in (
         ("conv-gan", "30", "image_size is 30 x 30: both must be multiples of 4"),
         ("dcgan", "30x28", "image_size is 30 x 28: both must be multiples of 4"),
+        ("unet", "28x30", "H and W multiples of 4"),
+        ("unet", "30", "image_size=30 cannot be halved 2 times"),
     ):
         options = ["--out", tmp_path / "run", "--image-size", given]
         assert message in refused(capsys, "train", system, *options), system
     assert not (tmp_path / "run").exists()
+
+
+def test_latent_diffusion_wants_an_autoencoder_that_fits(trained, tmp_path, capsys):
+    first, out = tmp_path / "autoencoder", ["--out", tmp_path / "run"]
+    assert train(first, "--epochs", "1", system="autoencoder") == 0
+    capsys.readouterr()
+    command = ["train", "latent-diffusion", *out]
+    assert "required: --autoencoder" in refused(capsys, *command)
+    for given, message in (
+        ([tmp_path], "is no run: it holds no config.json"),
+        ([trained], "is a run of mlp-gan"),
+        ([first], "was trained with image_size (8, 8), but here it is (32, 32)"),
+        ([first, "--image-size", "8", "--data", "photos", "--channels", "1"], "have no labels"),
+    ):
+        assert message in refused(capsys, *command, "--autoencoder", *given), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_latent_diffusion_keeps_its_autoencoder(tmp_path):
+    """The first stage's weights do not move, and its folder is not needed any more."""
+    assert train(tmp_path / "run", "--epochs", "1", system="latent-diffusion") == 0
+    first, second = weights(tmp_path / "autoencoder"), weights(tmp_path / "run")
+    kept = [name for name in first if name.startswith("autoencoder.")]
+    assert kept
+    for name in kept:
+        np.testing.assert_array_equal(first[name], second[name])
+    shutil.rmtree(tmp_path / "autoencoder")
+    assert run("sample", tmp_path / "run", "--number", "2", "--out", tmp_path / "a.png") == 0
+
+
+def test_one_class_or_each_in_turn(tmp_path, capsys):
+    assert train(tmp_path / "run", "--epochs", "1", system="latent-diffusion") == 0
+    capsys.readouterr()
+    for label in ("10", "-1"):
+        message = refused(capsys, "sample", tmp_path / "run", "--class", label)
+        assert f"class must be from 0 to 9, got {label}" in message
+    _, drawn = training.restore(training.Run(tmp_path / "run"))
+    key = mx.random.key(0)
+    each = training.sample(drawn, 20, key, steps=2)
+    seven = training.sample(drawn, 20, key, steps=2, class_=7)
+    same = (each == seven).all((1, 2, 3))
+    np.testing.assert_array_equal(np.flatnonzero(same), [7, 17])
+
+
+def test_an_autoencoder_shows_images_before_what_it_makes_of_them(tmp_path):
+    assert train(tmp_path / "run", "--epochs", "1", system="autoencoder") == 0
+    out = tmp_path / "a.png"
+    assert run("sample", tmp_path / "run", "--number", "4", "--out", out) == 0
+    from mlx_impl.data import load_dataset
+    from mlx_impl.images import to_pixels
+
+    shown, real = read_image(out), to_pixels(load_dataset("digits", (8, 8), limit=2).images)
+    np.testing.assert_array_equal(shown[2:10, 2:10], real[0])
+    np.testing.assert_array_equal(shown[12:20, 2:10], real[1])
+    assert (shown[2:10, 12:20] != real[0]).any()
 
 
 def test_bad_processes(tmp_path, capsys):
