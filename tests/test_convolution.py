@@ -64,6 +64,24 @@ def test_the_lowered_maps_are_pytorchs_in_double_precision(shape, seed):
                 assert (np.abs(np.array(ours) - theirs) <= 2 * terms * DOUBLE * size).all(), name
 
 
+@given(st.booleans().flatmap(geometries), st.integers(0, 99), st.sampled_from(LOWERED))
+def test_the_gradients_of_each_map_are_the_other_two(shape, seed, name):
+    """The kernel's gradient has gradients as well, which only a penalty on it would ask for."""
+    maps = convolution._differentiable(geometry(shape), name)
+    with mx.stream(mx.cpu):
+        x, w, y = (mx.array(a, dtype=mx.float64) for a in arrays(shape, seed))
+        by_x, by_w, by_y = maps.by_image(y, w), maps.by_kernel(x, y), maps.conv(x, w)
+        for function, primals, cotangent, expected in (
+            (maps.conv, [x, w], y, (by_x, by_w)),
+            (maps.by_image, [y, w], x, (by_y, by_w)),
+            (maps.by_kernel, [x, y], w, (by_x, by_y)),
+        ):
+            for found, other in zip(
+                mx.vjp(function, primals, [cotangent])[1], expected, strict=True
+            ):
+                assert mx.array_equal(found, other)
+
+
 @pytest.mark.parametrize("name", convolution.ROUTES)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_conv2d_is_mlxs(name, groups):
