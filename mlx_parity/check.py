@@ -938,6 +938,9 @@ def _climb(
     ):
         say("module by module")
         _locate(subject, climb, report, failed)
+    if failed and subject.modular and hasattr(climb, "port"):
+        say("looking for a known cause")
+        _explain(subject, climb, report, failed)
 
 
 RANKS = {
@@ -978,22 +981,32 @@ def _locate(subject: _Subject, climb: Climb, report: Report, failed: str) -> Non
     report.readings = located.readings
     report.guilty = located.guilty
     report.notes += located.notes
-    if failed:
-        _explain(report)
 
 
 def _buffer(tensor: str) -> bool:
     return tensor.startswith(f"forward {MODEL}.")
 
 
-def _explain(report: Report) -> None:
-    """Known causes, by the catalogue of traps."""
+def _explain(subject: _Subject, climb: Climb, report: Report, failed: str) -> None:
+    """Known causes, by the catalogue of traps; both sides hold the point where they were read."""
     try:
-        diagnose = import_module("mlx_parity.diagnose").diagnose
+        kit = import_module("mlx_parity.diagnose")
     except ImportError:
         return
     try:
+        climb.usual.load(climb.point)
+        climb.port.load(climb.point)
+        if failed in ("optimizer step", "trajectory") and subject.optimizer is not None:
+            theirs = climb.usual.system.optimizers[MODEL]
+            found = kit.lint(
+                climb.usual.system.modules[MODEL],
+                climb.port.system.modules[MODEL],
+                [(theirs, climb.port.system.optimizers[MODEL])],
+                subject.map,
+            )
+            report.diagnoses = [d for d in found if "ptimizer" in str(d)] or list(found)
+            return
         suspects: list[Any] = [*report.guilty] or [r.pair for r in report.readings]
-        report.diagnoses = list(diagnose(suspects))
+        report.diagnoses = list(kit.diagnose(suspects))
     except Exception as error:  # an explanation is welcome; the verdict stands without it
         report.notes.append(f"no diagnosis: {type(error).__name__}: {error}")

@@ -134,6 +134,12 @@ class Report:
         rung = self.failed
         if rung is not None:
             yield Text(_failure(rung), style="red")
+        if rung is not None and self.readings and not self.guilty:
+            yield Text(
+                "No module differs by itself: look at what is written around the models, in "
+                "call_port, in the loss, or in how the outputs are returned.",
+                style="red",
+            )
         for guilty in self.guilty:
             yield Text.assemble(
                 (f"\nGuilty, {guilty.direction}: ", "bold"),
@@ -154,8 +160,8 @@ class Report:
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for name in ("rung", "", "bias", "noise", "would have been seen"):
-            table.add_column(name, justify="right" if name in ("bias", "noise") else "left")
+        for name in ("rung", "", "bias / bound", "noise", "seen from"):
+            table.add_column(name, justify="left" if name in ("rung", "") else "right")
         for rung in self.rungs:
             worst = rung.worst
             table.add_row(
@@ -172,6 +178,10 @@ class Report:
         if self.carried:
             lines.append(f"weights: {self.carried}")
         lines += [f"{name}: {how}" for name, how in self.layouts.items()]
+        zero = [f.tensor.rpartition("/")[2] for r in self.rungs for f in r.findings if null(f)]
+        if zero:
+            names = ", ".join(n.removeprefix("model.") for n in dict.fromkeys(zero))
+            lines.append(f"gradients that are zero but for rounding, on both sides: {names}")
         return lines + self.notes
 
     # --------------------------------------------------------------------------- as plain data
@@ -288,11 +298,18 @@ def share(finding: Finding) -> float:
 
 
 def _share(finding: Finding) -> str:
-    return "" if math.isnan(finding.bias) else f"{share(finding):.2f} of the bound"
+    return "" if math.isnan(finding.bias) else f"{share(finding):.3g}"
 
 
 def _visible(findings: Iterable[Finding]) -> str:
-    return f"a relative difference of {max(f.visible for f in findings):.1g}"
+    """The smallest relative difference that would have shown in every tensor but the null ones."""
+    seen = [f.visible for f in findings if not null(f)]
+    return f"{max(seen):.1g}" if seen else ""
+
+
+def null(finding: Finding) -> bool:
+    """Whether a tensor is all rounding, its true value being zero: a bias before a norm, say."""
+    return finding.ok and finding.visible > 1
 
 
 def _failure(rung: Rung) -> str:
