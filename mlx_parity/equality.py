@@ -72,6 +72,10 @@ BEYOND_DOUBT = 100.0
 """How many times over the bound a difference is believed at once: t > 540 at 8 points, and hundreds
 of PyTorch's own errors, are no accident of rounding, and the later stages would only cost time."""
 
+NOTHING = 1e-6
+"""A tensor this much smaller than PyTorch's float32 error of it is zero, but for rounding: measured
+1e-8 where a gradient must be zero, float64's rounding over float32's."""
+
 JITTER = 1e-3
 """Relative distance between the points: far in units of rounding, near for everything else."""
 
@@ -186,6 +190,8 @@ def _judge(name: str, sums: _Sums, t_bound: float, element_bound: float, floor: 
     )  # PyTorch's own float32 error, per element
 
     m, deviation, rounding, v = (float(np.linalg.norm(a)) for a in (mean, spread, own, value))
+    if v < NOTHING * math.sqrt(float(sums.ref2.sum()) / sums.count_ref):
+        v = 0.0  # nothing that a difference could be relative to
     bias = min(_ratio(m * root, deviation), t_bound * _ratio(m, floor * rounding))
     different = bias > t_bound
 
@@ -216,7 +222,7 @@ def _judge(name: str, sums: _Sums, t_bound: float, element_bound: float, floor: 
 
 
 def _relative(size: float, value: float) -> float:
-    """``size`` relative to ``value``; 0 where the oracle is zero throughout and all would show."""
+    """``size`` relative to ``value``; 0 where the oracle is zero and all would show."""
     return size / value if value > 0 else 0.0
 
 
