@@ -90,7 +90,7 @@ def test_the_prediction_has_the_images_shape(shape):
     for side in (MLX, TORCH):
         x = images(side, shape["batch"], height, width, shape["in_channels"])
         t = side.array(np.zeros(shape["batch"], np.int64))
-        labels = () if shape["num_classes"] is None else (t,)
+        labels = (t,) if shape["num_classes"] else ()
         assert unet(side.unet, shape)(x, t, *labels).shape == x.shape
 
 
