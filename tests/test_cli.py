@@ -58,9 +58,11 @@ TINY = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_previews():
+def small_and_alone():
+    """Small previews, and nothing that outlasts these tests: another BLAS would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "PREVIEW", 4)
+        patch.setattr(cli, "_use_fast_blas", lambda console: None)
         yield
 
 
@@ -590,7 +592,6 @@ def test_bad_processes(tmp_path, capsys):
 def test_without_a_compiler_it_is_said_and_training_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "_on_linux_cpu", lambda: True)
     monkeypatch.setattr(cli.shutil, "which", lambda name: None)
-    monkeypatch.setattr(cli, "_use_fast_blas", lambda console: None)
     monkeypatch.setattr(training, "compile_step", None)  # would fail if called
     assert train(tmp_path / "run", compiled=True) == 0
     said = " ".join(capsys.readouterr().err.split())

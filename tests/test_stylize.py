@@ -22,6 +22,7 @@ CHANNELS = (2, 3, 2, 3, 2)
 @pytest.fixture(autouse=True)
 def narrow_vgg(monkeypatch):
     monkeypatch.setattr(mlx_impl.stylize, "VGG", partial(VGG, channels=CHANNELS))
+    monkeypatch.setattr(cli, "_use_fast_blas", lambda console: None)  # it outlasts a test
     mx.disable_compile()  # g++ takes seconds for steps that take milliseconds
     yield
     mx.enable_compile()
