@@ -22,6 +22,7 @@ from mlx_parity.ladder import RUNGS, Climb, compiles  # noqa: E402
 from mlx_parity.localise import Guilty, ModulePair, pairs  # noqa: E402
 from mlx_parity.proof import Proof, Row, climb, prove  # noqa: E402
 from mlx_parity.report import Report  # noqa: E402
+from mlx_parity.variants import Variant, probe  # noqa: E402
 
 __all__ = [
     "RUNGS",
@@ -43,6 +44,7 @@ __all__ = [
     "Row",
     "System",
     "TF32Error",
+    "Variant",
     "bound",
     "card",
     "carry",
@@ -55,5 +57,6 @@ __all__ = [
     "jitter",
     "match",
     "pairs",
+    "probe",
     "prove",
 ]

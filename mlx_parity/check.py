@@ -35,6 +35,7 @@ from mlx_parity.pairing import Map, Pairs, port_modules
 from mlx_parity.report import Report
 from mlx_parity.structure import is_array, is_floating, leaves
 from mlx_parity.structure import replace as replaced
+from mlx_parity.variants import named, of_port
 from mlx_parity.weights import FoundPlan, Sanitize, find_plan
 
 require_mlx()
@@ -70,6 +71,7 @@ def check(
     until: str = "reloaded",
     weights: str = "own",
     compiled: bool | None = None,
+    variants: bool = False,
     localised: bool | None = None,
     seed: int = 0,
     name: str | None = None,
@@ -99,6 +101,8 @@ def check(
     until: the last rung to climb: "forward" for a port that only infers.
     weights: "own", or "random" for weights drawn by the kit.
     compiled: whether to try ``mx.compile``; by default wherever it compiles.
+    variants: whether to compile the forward pass in every way, shapeless too, and to say what is
+        frozen by it; the report lists them, the verdict does not depend on them.
     localised: whether to read every module; by default if something differs, or if it is quick.
     progress: called with a line at each stage.
     """
@@ -128,7 +132,7 @@ def check(
                 title=title,
                 report=report,
             )
-            _climb(subject, report, until, compiled, localised, say)
+            _climb(subject, report, until, compiled, variants, localised, say)
         except SideError as error:
             report.undecided(error.side, str(error))
         except CarryError as error:
@@ -814,6 +818,22 @@ class _Subject:
         made = copy.deepcopy(given) if hasattr(given, "apply_single") else given()
         return replace(system, optimizers={MODEL: made}, step=step)
 
+    def variants(self, climb: Climb) -> list[Any]:
+        """The port compiled in every way, at the point where the climb began."""
+        side = climb.port
+        side.load(climb.point)
+        module = side.system.modules[MODEL]
+        arrays = {
+            n: mx.array(channels_last(a) if n in self.found_images else a)
+            for n, a in self.arrays.items()
+            if n not in self.target_names
+        }
+        found = of_port(
+            module, named(arrays, lambda xs: self.run_port(module, xs)), list(arrays.values())
+        )
+        side.load(climb.point)
+        return found
+
     def _without_targets(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {n: a for n, a in inputs.items() if n not in self.target_names}
 
@@ -877,6 +897,7 @@ def _climb(
     report: Report,
     until: str,
     compiled: bool | None,
+    variants: bool,
     localised: bool | None,
     say: Progress,
 ) -> None:
@@ -920,6 +941,9 @@ def _climb(
         if compiled if compiled is not None else compiles():
             say("compiled")
             report.rungs.append(climb.compiled())
+            if variants and subject.modular:
+                say("compiled in other ways")
+                report.variants = subject.variants(climb)
         else:
             report.notes.append("not compiled: mx.compile needs g++ at run time on Linux")
     if all(r.ok for r in report.rungs) and last >= RANKS["reloaded"] and subject.modular:

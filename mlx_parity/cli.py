@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--seed", type=int, default=None, help="of the points (default 0)")
     check.add_argument("--html", metavar="PATH", type=Path, help="also write a page, or a folder")
     check.add_argument("--no-compile", action="store_true", help="leave mx.compile out")
+    check.add_argument(
+        "--variants", action="store_true", help="compile in every way, and say what is frozen"
+    )
     check.add_argument("--examples", type=int, default=None, help="shapes drawn of a Case")
 
     lint = command("lint", _lint, "look for known traps without computing anything", cases)
@@ -193,6 +196,8 @@ def _one(entry: Entry, arguments: argparse.Namespace, progress: Progress) -> Rep
         options["seed"] = arguments.seed
     if arguments.no_compile:
         options["compiled"] = False
+    if arguments.variants:
+        options["variants"] = True
     return check(**options, progress=progress)
 
 
