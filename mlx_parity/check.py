@@ -133,10 +133,14 @@ def check(
                 report=report,
             )
             _climb(subject, report, until, compiled, variants, localised, say)
+            _explain_what_is_no_module(subject, report)
         except SideError as error:
             report.undecided(error.side, str(error))
         except CarryError as error:
             report.undecided("weights", str(error))
+            if isinstance(reference, tnn.Module) and isinstance(port, mnn.Module):
+                with suppress(Exception):  # what the trees show may say why
+                    report.diagnoses = import_module("mlx_parity.diagnose").lint(reference, port)
         except (ParityError, ValueError) as error:
             report.undecided(_whose(error), str(error))
         except Exception as error:  # a defect of the kit is no verdict on the port
@@ -359,7 +363,7 @@ class _Subject:
         self.original = self.port
         if isinstance(self.port, mnn.Module):
             with suppress(Exception):  # what cannot be copied is used itself, and restored
-                self.port = copy.deepcopy(self.port)
+                self.port = _copied_port(self.port)
             if self.port.training != self.training:
                 mode = "training" if self.training else "evaluation"
                 self.report.notes.append(f"the port was put into {mode} mode, as the reference is")
@@ -773,7 +777,7 @@ class _Subject:
         return replace(system, optimizers={MODEL: made}, step=step)
 
     def _build_port(self) -> System:
-        module = self.port if not getattr(self, "_built", False) else copy.deepcopy(self.port)
+        module = self.port if not getattr(self, "_built", False) else _copied_port(self.port)
         self._built = isinstance(self.port, mnn.Module)  # the second is another object: reloaded
         compute = _pair(self.loss)[1]
 
@@ -836,6 +840,16 @@ class _Subject:
 
     def _without_targets(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {n: a for n, a in inputs.items() if n not in self.target_names}
+
+
+def _copied_port(port: Any) -> Any:
+    """A deep copy. A pooling layer keeps a function of MLX, which cannot be copied: shared."""
+    shared: dict[int, Any] = {}
+    if isinstance(port, mnn.Module):
+        for module in port_modules(port).values():
+            kept = [v for v in vars(module).values() if callable(v)]
+            shared |= {id(v): v for v in kept if not isinstance(v, mnn.Module)}
+    return copy.deepcopy(port, shared)
 
 
 def _pairs_or_none(reference: tnn.Module, port: mnn.Module, map: Map | None) -> Pairs:
@@ -1005,6 +1019,24 @@ def _locate(subject: _Subject, climb: Climb, report: Report, failed: str) -> Non
     report.readings = located.readings
     report.guilty = located.guilty
     report.notes += located.notes
+
+
+def _explain_what_is_no_module(subject: _Subject, report: Report) -> None:
+    """Known causes where no module is to blame: functions, and compiled steps."""
+    failed = report.failed
+    if failed is None:
+        return
+    kit = import_module("mlx_parity.diagnose")
+    with suppress(Exception):  # an explanation is welcome; the verdict stands without it
+        if failed.name == "compiled":
+            report.diagnoses = kit.of_compiled(failed)
+        elif not subject.modular and not subject.constants:
+            report.diagnoses = kit.diagnose_functions(
+                lambda **inputs: subject.run_reference(subject.prototype, inputs),
+                lambda **inputs: subject.run_port(subject.port, inputs),
+                kwargs=subject.arrays,
+                backward=failed.name == "gradients",
+            )
 
 
 def _buffer(tensor: str) -> bool:

@@ -26,6 +26,7 @@ from mlx_parity.carry import Plan, channels_first, channels_last, flat, match
 from mlx_parity.counterfactual import Alternative, alternatives
 from mlx_parity.equality import Tensors, compare, jitter
 from mlx_parity.errors import CarryError
+from mlx_parity.ladder import Rung
 from mlx_parity.localise import Capture, Guilty, ModulePair, pairs
 from mlx_parity.static import Clue, of_optimizers, of_pair, of_trees
 from mlx_parity.traps import find
@@ -99,7 +100,32 @@ def diagnose(
             found += _of_guilty(suspect, seconds)
         else:
             found += _of_clues(of_pair(suspect))
+            if not suspect.reference_path:  # the models themselves
+                found = lint(suspect.reference, suspect.port) + found
     return list(dict.fromkeys(found))
+
+
+def of_compiled(rung: Rung) -> list[Diagnosis]:
+    """What a compiled step froze, by how it went wrong."""
+    steps = [f.tensor for f in rung.findings if not f.ok and f.tensor.startswith("trajectory ")]
+    first = any(tensor.endswith(" 0") for tensor in steps)
+    if "without a primitive" in rung.message:
+        said = "MLX raised: an array of the trace is used outside of it"
+        return [
+            _diagnosis("compile-state", "compiled step", said),
+            _diagnosis("compile-eval", "compiled step", f"{said}, or evaluated inside"),
+        ]
+    if "Attempting to eval" in rung.message:
+        found = ("compile-eval", "MLX raised: an array is evaluated inside")
+    elif "traced" in rung.message:
+        found = ("compile-attribute", f"{rung.message}: a Python value changes at each call")
+    elif first:
+        found = ("compile-random-state", "the first step differs already: something is drawn in it")
+    elif steps:
+        found = ("compile-state", "the first step is right and a later one is not")
+    else:
+        return []
+    return [_diagnosis(found[0], "compiled step", found[1])]
 
 
 def _of_guilty(guilty: Guilty, seconds: float) -> list[Diagnosis]:

@@ -637,6 +637,8 @@ def _guilty(
         for k, finding in suspects.items():
             if any(_inside(session, j, k) for j in suspects if j != k):
                 continue
+            if direction == "backward" and _harmless(readings, k, finding):
+                continue
             found.append(
                 Guilty(
                     readings[k].pair,
@@ -649,6 +651,21 @@ def _guilty(
             )
     found.sort(key=lambda g: next(r.order for r in readings.values() if r.pair is g.pair))
     return found
+
+
+def _harmless(readings: Mapping[int, Reading], k: int, finding: Finding) -> bool:
+    """Whether a module's gradient by its input differs alone and nothing before it minds.
+
+    A pool whose windows hold equal zeros splits its gradient otherwise than PyTorch's; the ReLU
+    before it, which gave the zeros, stops both.
+    """
+    before = [
+        r.backward
+        for r in readings.values()
+        if r.order < readings[k].order and r.backward is not None
+    ]
+    by_input = finding.tensor.startswith("by in ")
+    return by_input and bool(before) and all(f.ok for f in before)
 
 
 def _guilty_buffer(

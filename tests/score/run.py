@@ -11,6 +11,7 @@ import torch
 
 import mlx_parity
 from mlx_parity.case import Case
+from mlx_parity.diagnose import of_compiled
 from mlx_parity.ladder import Climb
 from tests.score import FAMILIES
 from tests.score.family import Example, Family, Fault
@@ -82,7 +83,7 @@ def _judged(members: Family, fault: Fault, example: Example, seed: int) -> Row:
     rung = report.failed.name if report.failed else report.fault
     guilty = [g.pair.reference_path for g in report.guilty]
     ids = tuple(d.trap_id for d in report.diagnoses)
-    module = fault.where not in mlx_parity.RUNGS
+    module = fault.where not in (*mlx_parity.RUNGS, "weights")
     located = bool(guilty) and guilty[0] == fault.where if module else rung == fault.where
     return Row(
         family=members.name,
@@ -105,26 +106,23 @@ def _judged(members: Family, fault: Fault, example: Example, seed: int) -> Row:
 def _compiled(members: Family, fault: Fault, example: Example, seed: int) -> Row:
     climb = Climb(example.reference, example.inputs, seed)
     climb.structure()
-    try:
-        rung = climb.compiled()
-        ok, message = rung.ok, f"{rung.message} {rung.worst}"
-    except ValueError as error:
-        ok, message = False, str(error)
+    rung = climb.compiled()
+    ids = tuple(d.trap_id for d in of_compiled(rung))
     return Row(
         family=members.name,
         fault=fault.name,
         subtle=fault.subtle,
-        detected=not ok,
-        located=not ok,
-        explained=False,
-        rung="" if ok else "compiled",
+        detected=not rung.ok,
+        located=not rung.ok,
+        explained=bool(ids) and ids[0] in fault.why,
+        rung="" if rung.ok else "compiled",
         guilty="",
         where=fault.where,
-        diagnoses=(),
+        diagnoses=ids,
         why=fault.why,
         seconds=0.0,
         seed=seed,
-        message=message,
+        message=f"{rung.message} {rung.worst}",
     )
 
 

@@ -119,7 +119,7 @@ MLP_FAMILY = Family(
         ),
         fault("no bias", "structure", "bias-missing", swapped("out", _no_bias)),
         fault("a frozen layer", "structure", "frozen-parameter", lambda p: p.fc1.freeze() and None),
-        fault("layers in a tuple", "structure", "parameter-in-tuple", _tuple),
+        fault("layers in a tuple", "weights", "parameter-in-tuple", _tuple),
         fault("a constant that trains", "structure", "buffer-trains", _trained_scale),
         called(
             "a bias stopped",
@@ -220,11 +220,10 @@ def recurrent(rng: Rng) -> Example:
     return Example(Recurrent(width), PortRecurrent(width), x)
 
 
-def _with_weights(change: Any) -> Any:
-    """A layer that computes with changed weights."""
+def _with_weights(kind: Any, change: Any) -> Any:
+    """A recurrent layer that computes with changed weights."""
 
     def forward(self: Any, *args: Any) -> Any:
-        kind = type(self).__mro__[1]
         own = {k: self[k] for k in ("Wx", "Wh", "bias", "b", "bhn") if k in self}
         for k, v in change(own).items():
             self[k] = v
@@ -263,20 +262,25 @@ RECURRENT_FAMILY = Family(
             "an LSTM's gates in ONNX's order",
             "lstm",
             "gate-order",
-            _with_weights(_gates((0, 3, 1, 2))),
+            _with_weights(mnn.LSTM, _gates((0, 3, 1, 2))),
         ),
-        called("a GRU's gates exchanged", "gru", "gate-order", _with_weights(_gates((1, 0, 2)))),
+        called(
+            "a GRU's gates exchanged",
+            "gru",
+            "gate-order",
+            _with_weights(mnn.GRU, _gates((1, 0, 2))),
+        ),
         called(
             "a GRU's second bias in the first",
             "gru",
             "recurrent-biases",
-            _with_weights(_reset_outside),
+            _with_weights(mnn.GRU, _reset_outside),
         ),
         called(
             "an LSTM without its bias",
             "lstm",
             "recurrent-biases",
-            _with_weights(lambda own: {"bias": own["bias"] * 0}),
+            _with_weights(mnn.LSTM, lambda own: {"bias": own["bias"] * 0}),
         ),
         called(
             "the last step but one",

@@ -153,7 +153,8 @@ SGD_FAMILY = Family(
             where="trajectory",
         ),
         replace(
-            _ours("no momentum", "optimizer-settings", lambda: optim.SGD(0.01)), where="trajectory"
+            _ours("no momentum", "optimizer-settings", lambda: optim.SGD(0.01)),
+            where="optimizer step",
         ),
         replace(
             _ours(
