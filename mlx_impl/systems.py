@@ -149,13 +149,25 @@ PROCESS = (
     Option("timesteps", 1000, "steps of noise"),
     Option("schedule", "linear", "how the noise grows", str, ("linear", "cosine")),
     Option("target", "epsilon", "what is predicted", str, diffusion.TARGETS),
-    Option("ema_decay", 0.999, "of the running average that is sampled from", float),
+    Option("ema_decay", None, "of the average that is sampled from (default: by length)", float),
 )
 SAMPLER = (
     Option("sampler", "ddim", "Song et al.'s or Ho et al.'s", str, ("ddim", "ddpm")),
     Option("steps", None, "from noise to image (default: 50 of ddim, all of ddpm)"),
     Option("eta", 0.0, "ddim's noise: from 0, none, to 1", float),
 )
+
+
+def averaging(settings: Settings, dataset: Dataset) -> Settings:
+    """An average of about the last twentieth of the run, unless its decay is given.
+
+    Ho et al.'s 0.9999 would still be half of untrained weights after 7,000 steps.
+    """
+    if settings["ema_decay"] is not None:
+        return {}
+    batches = max(len(dataset.images) // settings["batch_size"], 1)
+    steps = settings["steps"] or settings["epochs"] * batches
+    return {"ema_decay": max(0.0, 1 - 20 / steps)}
 
 
 def schedule_of(settings: Settings) -> diffusion.Schedule:
@@ -287,7 +299,7 @@ def _of_autoencoder(settings: Settings, dataset: Dataset) -> Settings:
     images = mx.array(dataset.images[:512])
     mean, _ = autoencoder.encode(images)
     noise = mx.random.normal(mean.shape, key=mx.random.key(settings["seed"]))
-    return {
+    return averaging(settings, dataset) | {
         "autoencoder": os.path.abspath(settings["autoencoder"]),
         "autoencoder_settings": theirs,
         "latent_scale": latent_diffusion.measure_latent_scale(autoencoder, images, noise),
@@ -394,12 +406,14 @@ SYSTEMS: dict[str, System] = {
     "diffusion": System(
         about="diffusion with document 004's two convolutions",
         build=_denoiser,
+        prepare=averaging,
         options=(Option("width", 128, "channels between the convolutions"), *PROCESS),
         sampling=SAMPLER,
     ),
     "unet": System(
         about="diffusion with the U-Net of Ho et al. 2020, document 004's canonical form",
         build=_unet,
+        prepare=averaging,
         options=(*UNET, *PROCESS),
         sampling=SAMPLER,
     ),

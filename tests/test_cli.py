@@ -201,6 +201,17 @@ def test_diffusion_is_sampled_from_the_averaged_weights(tmp_path):
     assert a["samples/epoch_0003.png"] != b["samples/epoch_0003.png"]
 
 
+def test_the_average_spans_the_end_of_a_run_of_any_length():
+    for given, decay in (
+        ({"steps": 1000}, 0.98),
+        ({"epochs": 10, "limit": 640}, 0.8),
+        ({"steps": 10}, 0.0),
+        ({"steps": 10, "ema_decay": 0.5}, 0.5),
+    ):
+        config, _ = training.new_config("diffusion", {"image_size": (8, 8), **given})
+        assert config["ema_decay"] == pytest.approx(decay)
+
+
 def test_steps_end_a_run_within_an_epoch(tmp_path):
     assert train(tmp_path / "run", "--steps", "6", "--epochs", "3") == 2
     options = [*SMALL, *TINY["mlp-gan"].options, "--no-compile"]
