@@ -28,12 +28,12 @@ from mlx_parity.capture import port_calls, reference_calls
 from mlx_parity.carry import channels_first, channels_last, reference_tensors
 from mlx_parity.case import Case, Loss, System
 from mlx_parity.errors import CarryError, NoGradient, ParityError, SideError
-from mlx_parity.ladder import Climb, compiles, randomise
+from mlx_parity.ladder import Climb, Rung, compiles, randomise
 from mlx_parity.layout import distance
 from mlx_parity.localise import Located, localise
 from mlx_parity.pairing import Map, Pairs, port_modules
 from mlx_parity.report import Report
-from mlx_parity.structure import is_array, is_floating, leaves
+from mlx_parity.structure import copy_port, is_array, is_floating, leaves
 from mlx_parity.structure import replace as replaced
 from mlx_parity.variants import named, of_port
 from mlx_parity.weights import FoundPlan, Sanitize, find_plan
@@ -333,7 +333,7 @@ class _Subject:
     """The port's name of an output to the reference's."""
     discrete: list[str] = field(default_factory=list)
     cotangents: dict[str, np.ndarray] = field(default_factory=dict)
-    differentiable: bool = True
+    built: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.reference) or not callable(self.port):
@@ -362,8 +362,7 @@ class _Subject:
         self.prototype = self._copied()
         self.original = self.port
         if isinstance(self.port, mnn.Module):
-            with suppress(Exception):  # what cannot be copied is used itself, and restored
-                self.port = _copied_port(self.port)
+            self.port = copy_port(self.port)
             if self.port.training != self.training:
                 mode = "training" if self.training else "evaluation"
                 self.report.notes.append(f"the port was put into {mode} mode, as the reference is")
@@ -742,12 +741,25 @@ class _Subject:
         )
         compute = _pair(self.loss)[0]
 
+        last: list[tuple[list[Any], Any]] = []
+
+        def run(inputs: dict[str, Any]) -> Any:
+            """Once for the outputs and for the loss of the same inputs: a forward pass is dear."""
+            if (
+                last
+                and inputs
+                and all(a is b for a, b in zip(last[0][0], inputs.values(), strict=True))
+            ):
+                return last.pop()[1]
+            last[:] = [(list(inputs.values()), self.run_reference(module, inputs))]
+            return last[0][1]
+
         def forward(**inputs: Any) -> dict[str, Any]:
-            output = leaves(self.run_reference(module, self._without_targets(inputs)))
+            output = leaves(run(self._without_targets(inputs)))
             return {_say(a): output[a] for a in self.cotangents}
 
         def loss(**inputs: Any) -> Any:
-            output = self.run_reference(module, self._without_targets(inputs))
+            output = run(self._without_targets(inputs))
             if compute is not None:
                 return compute(output, *(inputs[n] for n in self.target_names))
             found = leaves(output)
@@ -777,8 +789,10 @@ class _Subject:
         return replace(system, optimizers={MODEL: made}, step=step)
 
     def _build_port(self) -> System:
-        module = self.port if not getattr(self, "_built", False) else _copied_port(self.port)
-        self._built = isinstance(self.port, mnn.Module)  # the second is another object: reloaded
+        module = self.port
+        if self.built and isinstance(module, mnn.Module):
+            module = copy_port(module)  # weights are reloaded into another object
+        self.built = True
         compute = _pair(self.loss)[1]
 
         def forward(**inputs: Any) -> dict[str, Any]:
@@ -822,6 +836,59 @@ class _Subject:
         made = copy.deepcopy(given) if hasattr(given, "apply_single") else given()
         return replace(system, optimizers={MODEL: made}, step=step)
 
+    def depends_on_mode(self) -> bool:
+        """Whether training and evaluation differ by more than dropout."""
+        norms = tnn.modules.batchnorm._NormBase
+        modules = self.prototype.modules()
+        return any(isinstance(m, norms) and m.track_running_stats for m in modules)
+
+    def switch(self, training: bool) -> None:
+        self.training = training
+        self.prototype.train(training)
+        self._set_mode()
+
+    def judge_discrete(self, climb: Climb) -> Rung:
+        """Outputs that are counts, indices or truths: equal wherever PyTorch is sure of them.
+
+        An element counts where PyTorch's float64 and float32 agree at a point, which near ties
+        they do not; the port has to agree there at more than half of the points.
+        """
+        points = [climb.point, *(climb.near() for _ in range(7))]
+        sure: dict[str, Any] = {}
+        off: dict[str, Any] = {}
+        for point in points:
+            exact, usual = (self._discrete_reference(s, point) for s in (climb.oracle, climb.usual))
+            ours = self._discrete_port(climb.port, point)
+            for b, a in self.outputs.items():
+                if a not in self.discrete:
+                    continue
+                if ours[b].shape != exact[a].shape:
+                    said = f"{_say(a)} has shape {list(ours[b].shape)}, not {list(exact[a].shape)}"
+                    return Rung("forward", False, message=said)
+                known = exact[a] == usual[a]
+                sure[a] = sure.get(a, 0) + known
+                off[a] = off.get(a, 0) + (known & (ours[b] != exact[a]))
+        wrong = {a: int(np.sum(2 * off[a] > np.maximum(sure[a], 1))) for a in sure}
+        message = "; ".join(
+            f"{_say(a)}: {n} of {np.size(off[a])} elements differ" for a, n in wrong.items() if n
+        )
+        return Rung("forward", not message, message=message)
+
+    def _discrete_reference(self, side: Any, point: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        side.load(point)
+        inputs = {n: side._input(point[n]) for n in self.arrays}
+        module = side.system.modules.get(MODEL, self.prototype)
+        with torch.no_grad():
+            output = self.run_reference(module, self._without_targets(inputs))
+        return {n: _plain(a) for n, a in leaves(output).items()}
+
+    def _discrete_port(self, side: Any, point: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        side.load(point)
+        inputs = {n: side._input(n, point[n]) for n in self.arrays}
+        module = side.system.modules.get(MODEL, self.port)
+        output = self.run_port(module, self._without_targets(inputs))
+        return {n: _plain(a) for n, a in leaves(output).items()}
+
     def variants(self, climb: Climb) -> list[Any]:
         """The port compiled in every way, at the point where the climb began."""
         side = climb.port
@@ -840,16 +907,6 @@ class _Subject:
 
     def _without_targets(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return {n: a for n, a in inputs.items() if n not in self.target_names}
-
-
-def _copied_port(port: Any) -> Any:
-    """A deep copy. A pooling layer keeps a function of MLX, which cannot be copied: shared."""
-    shared: dict[int, Any] = {}
-    if isinstance(port, mnn.Module):
-        for module in port_modules(port).values():
-            kept = [v for v in vars(module).values() if callable(v)]
-            shared |= {id(v): v for v in kept if not isinstance(v, mnn.Module)}
-    return copy.deepcopy(port, shared)
 
 
 def _pairs_or_none(reference: tnn.Module, port: mnn.Module, map: Map | None) -> Pairs:
@@ -940,9 +997,14 @@ def _climb(
     took = time.process_time() - started
     report.rungs += [r for r in rungs if RANKS[r.name] <= last]
     if subject.discrete:
-        report.notes.append(
-            f"discrete outputs are not judged: {', '.join(map(_say, subject.discrete))}"
-        )
+        report.rungs.append(subject.judge_discrete(climb))
+    if subject.modular and all(r.ok for r in report.rungs) and subject.depends_on_mode():
+        say("the forward pass in the other mode")
+        flipped = _flipped(subject, report)
+        if flipped is not None:
+            report.rungs.append(flipped[1])
+            if not flipped[1].ok:
+                climb, gradients = flipped[0], False
 
     ok = all(r.ok for r in report.rungs)
     if ok and gradients and last >= RANKS["optimizer step"]:
@@ -966,7 +1028,7 @@ def _climb(
     report.settle()
 
     failed = next((r.name for r in report.rungs if not r.ok), "")
-    wanted = failed in ("structure", "forward", "loss", "gradients") or (
+    wanted = failed.partition(" in ")[0] in ("structure", "forward", "loss", "gradients") or (
         not failed and took < LOCALISE_SECONDS
     )
     if (
@@ -979,6 +1041,24 @@ def _climb(
     if failed and subject.modular and hasattr(climb, "port"):
         say("looking for a known cause")
         _explain(subject, climb, report, failed)
+
+
+def _flipped(subject: _Subject, report: Report) -> tuple[Climb, Rung] | None:
+    """The forward pass in evaluation mode of a model in training, and the other way round."""
+    other = "evaluation" if subject.training else "training"
+    subject.switch(not subject.training)
+    try:
+        climb = Climb(subject.case(), {}, subject.seed)
+        climb.structure()
+        found = [r for r in climb.derivatives(gradients=False) if r.name == "forward"]
+    except (ParityError, ValueError) as error:
+        if isinstance(error, SideError) and error.side == "port":
+            return climb, Rung(f"forward in {other}", False, message=str(error))
+        report.notes.append(f"not compared in {other} mode: {error}")
+        return None
+    finally:  # the climb's models are copies, and stay in its mode
+        subject.switch(not subject.training)
+    return (climb, replace(found[0], name=f"forward in {other}")) if found else None
 
 
 RANKS = {

@@ -98,3 +98,38 @@ def _rebuilt(item: Any, new: dict[Any, Any]) -> Any:
         else:
             object.__setattr__(made, key, value)
     return made
+
+
+def copy_port(module: Any) -> Any:
+    """An MLX module with every module, container and array in it copied.
+
+    ``copy.deepcopy`` stops at what cannot be pickled, such as the function of ``nn.ReLU``; whatever
+    is no part of the tree is shared here.
+    """
+    made: dict[int, Any] = {}
+
+    def walk(value: Any) -> Any:
+        if id(value) in made:
+            return made[id(value)]
+        if isinstance(value, mx.array):
+            made[id(value)] = mx.array(value)
+        elif isinstance(value, dict) and hasattr(value, "trainable_parameters"):
+            new = type(value).__new__(type(value))
+            made[id(value)] = new
+            dict.update(new, {k: walk(v) for k, v in value.items()})
+            vars(new).update({k: walk(v) for k, v in vars(value).items()})
+        elif type(value) in (dict, list, set):
+            made[id(value)] = new = type(value)()
+            if isinstance(value, dict):
+                new.update({k: walk(v) for k, v in value.items()})
+            elif isinstance(value, list):
+                new.extend(map(walk, value))
+            else:
+                new.update(value)
+        elif type(value) is tuple:
+            made[id(value)] = tuple(map(walk, value))
+        else:
+            return value
+        return made[id(value)]
+
+    return walk(module)

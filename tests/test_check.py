@@ -178,6 +178,32 @@ def test_a_bias_that_the_port_lacks_is_a_difference_of_structure():
     assert "fc2 [Linear] has no bias" in str(report)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_that_was_not_asked_for_is_compared_too(training: bool):
+    """A momentum shows in training only; batch statistics in evaluation show there only."""
+    x = np.random.default_rng(0).standard_normal((3, 3, 6, 9))
+    report = check(resnet.ResNet().train(training), resnet.ResNetPort(), x)
+    report.assert_ok()
+    assert f"forward in {'evaluation' if training else 'training'}" in str(report)
+    fault = "statistics" if training else "momentum"
+    wrong = check(resnet.ResNet().train(training), resnet.ResNetPort(fault), x)
+    assert wrong.failed is not None
+    assert wrong.failed.name.startswith("forward in")
+    assert wrong.guilty[0].pair.reference_path == "layer1.1.bn2"
+
+
+def test_discrete_outputs_are_equal_wherever_pytorch_is_sure():
+    class Theirs(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = super().forward(x)
+            return y, y.argmax(-1)
+
+    check(Theirs(), broken(lambda y: (y, mx.argmax(y, -1))), X).assert_ok()
+    wrong = check(Theirs(), broken(lambda y: (y, mx.argmin(y, -1))), X)
+    assert wrong.failed is not None
+    assert "1: 3 of 3 elements differ" in str(wrong)
+
+
 # ----------------------------------------------------------------------- whose fault it is
 
 

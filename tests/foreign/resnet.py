@@ -41,6 +41,20 @@ class ResNet(tnn.Module):
         return self.fc(self.layer1(x).mean((2, 3)))
 
 
+class BatchStatistics(nn.BatchNorm):
+    """Normalises with the batch's own statistics in evaluation too."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        mode = self.training
+        self._training = True
+        mean, var = self.running_mean, self.running_var
+        y = super().__call__(x)
+        self._training = mode
+        if not mode:
+            self.running_mean, self.running_var = mean, var
+        return y
+
+
 class ResidualPort(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, fault: str) -> None:
         super().__init__()
@@ -49,7 +63,8 @@ class ResidualPort(nn.Module):
         self.conv_a = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         self.norm_a = nn.BatchNorm(outputs)
         self.conv_b = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm_b = nn.BatchNorm(outputs, momentum=momentum)
+        norm = BatchStatistics if fault == "statistics" else nn.BatchNorm
+        self.norm_b = norm(outputs, momentum=momentum)
         if stride > 1 or inputs != outputs:
             self.shortcut = [
                 nn.Conv2d(inputs, outputs, 1, stride, bias=False),
