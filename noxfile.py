@@ -102,7 +102,21 @@ def parity(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Compiled against uncompiled steps per second, parity first; also reports/bench.json."""
-    run(session, "pytest", "benchmarks", "--benchmark-enable", "-q", *session.posargs)
+    what = "benchmarks/test_throughput.py"
+    run(session, "pytest", what, "--benchmark-enable", "-q", *session.posargs)
+
+
+@nox.session(venv_backend="none", name="bench-layers")
+def bench_layers(session: nox.Session) -> None:
+    """Each layer of the models by every route, MLX's own beside ours and PyTorch's."""
+    what = "benchmarks/test_convolution.py"
+    run(session, "pytest", what, "--benchmark-enable", "-q", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def score(session: nox.Session) -> None:
+    """Seeded faults found, located and explained, and false alarms; reports/score.json."""
+    run(session, "tests.score", *session.posargs, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
 
 @nox.session(venv_backend="none")

@@ -219,7 +219,7 @@ def _layout(tensors: Mapping[str, np.ndarray]) -> str:
 
 def _read_keras(path: Path) -> _Read:
     try:
-        import h5py  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        import h5py
     except ImportError as error:
         raise ImportError(f"reading {path.name} needs h5py: python -m pip install h5py") from error
     tensors: dict[str, np.ndarray] = {}

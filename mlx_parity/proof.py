@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,6 +203,10 @@ def prove(
     return proof
 
 
-def _size(shape: Shape) -> int:
-    """Smaller shapes first, so that the first to fail is the one to look at."""
-    return sum(int(np.sum(v)) for v in shape.values() if not isinstance(v, str))
+def _size(shape: Any) -> float:
+    """Smaller shapes first, so that the first to fail is the one to look at: all numbers' sum."""
+    if isinstance(shape, Mapping):
+        return sum(map(_size, shape.values()))
+    if isinstance(shape, list | tuple | np.ndarray):
+        return sum(map(_size, shape))
+    return float(shape) if isinstance(shape, int | float | np.number) else 0.0

@@ -468,3 +468,8 @@ def test_what_is_not_trained_goes_into_the_compiled_function_too():
     rung = Climb(case, {"batch": 2, "height": 5}, 0).compiled()
     assert rung.ok
     assert max(f.noise for f in rung.findings) < 100  # 1e-3 apart are ten thousand roundings
+
+
+def test_shapes_are_ordered_by_their_numbers_whatever_else_they_hold():
+    shape = {"batch": 3, "widths": ((1, 2), (4,)), "kind": "x", "classes": None, "rate": 0.5}
+    assert proof._size(shape) == 10.5
