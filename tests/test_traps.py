@@ -1,5 +1,6 @@
 """The catalogue of traps: each naive port fails, each fixed one passes, each page is up to date."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -79,3 +80,20 @@ def test_two_traps_cannot_share_an_id():
 
         class Second(CATALOGUE["norm-eps"]):
             id = "norm-eps"
+
+
+def test_the_figures_about_bias_and_noise_are_measured():
+    path = DOCS.parent / "figures.py"
+    spec = importlib.util.spec_from_file_location("figures", path)
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    text = (DOCS.parent / "bias-and-noise.md").read_text(encoding="utf-8")
+    for name, row in figures.measure().items():
+        (line,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", text, re.MULTILINE)
+        shown = [float(cell) for cell in line.split("|")]
+        # Rounding itself, noise and a correct port's bias, is the machine's; the rest is not.
+        loose = 0.5 if name == "correct" else 0.1
+        assert shown[:1] == pytest.approx([row["error"]], rel=loose)
+        assert shown[1:] == pytest.approx([row[k] for k in list(row)[1:]], rel=0.5)
+    for picture in re.findall(r"\]\((pictures/[^)]+)\)", text):
+        assert (DOCS.parent / picture).exists()

@@ -16,8 +16,8 @@ from mlx_parity.ladder import Climb
 from tests.score import FAMILIES
 from tests.score.family import Example, Family, Fault
 
-TRIES = 3
-"""Shapes at which a fault is looked for: a user's port meets more than one."""
+TRIES = 8
+"""Shapes at which a fault is looked for: a port meets more than one."""
 
 
 @dataclass(frozen=True)
