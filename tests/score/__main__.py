@@ -14,30 +14,22 @@ import argparse
 import json
 import multiprocessing
 import sys
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tests.score import FAMILIES
-from tests.score.run import Row, alarm, find, plain
+from tests.score.run import Row, alarm, find, plain, prepare
 
 REPORT = Path(__file__).parents[2] / "reports" / "score.json"
 
 EXAMPLES = 150
 """Correct ports of a short run."""
-
-
-def prepare() -> None:
-    """In each worker: the processes share the cores."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
 
 
 def score(rows: Sequence[Row], examples: int, alarms: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -40,6 +41,12 @@ class Row:
     seconds: float
     seed: int
     message: str = ""
+
+
+def prepare() -> None:
+    """In each worker: the processes share the cores."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
 
 
 def rng(family: Family, seed: int) -> np.random.Generator:
