@@ -20,7 +20,7 @@ import torch
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import reference_tensors
 from mlx_parity.case import Case, Shape
-from mlx_parity.equality import Finding, compare, jitter
+from mlx_parity.equality import STAGES, Finding, compare, jitter
 from mlx_parity.errors import (
     CarryError,
     EmptyBatchError,
@@ -48,6 +48,10 @@ RUNGS = (
 
 STEPS = 20
 """Training steps of a trajectory."""
+
+COMPILED_STAGES = (4, *STAGES[1:])
+"""Points of the compiled rung: what is computed is known by then to be right, and what a compiled
+function froze at its first point is far off at every other."""
 
 COMPILED_STEPS = 2
 """Training steps of the compiled rung: what is frozen at the first shows in the second."""
@@ -303,6 +307,7 @@ class Climb:
                 lambda p: self.oracle.train(p, self.names, COMPILED_STEPS),
                 lambda p: self.port.train(p, self.names, COMPILED_STEPS),
                 lambda p: self.port.train(p, self.names, COMPILED_STEPS, compiled_step),
+                stages=COMPILED_STAGES,
             )
         made: dict[str, Callable[..., Any]] = {}
 
@@ -315,6 +320,7 @@ class Climb:
             lambda p: self.oracle.derivatives(p, self.names),
             lambda p: self.port.derivatives(p, self.names),
             lambda p: self.port.derivatives(p, self.names, transform),
+            stages=COMPILED_STAGES,
         )
 
     def _compare(self, oracle: Any, usual: Any, port: Any, **options: Any) -> list[Finding]:

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mlx_parity import Finding, bound, compare, jitter
-from mlx_parity.equality import ALPHA, JITTER, STAGES, Tensors
+from mlx_parity.equality import ALPHA, JITTER, SKETCH, STAGES, Tensors
 
 Function = Callable[..., object]
 
@@ -273,3 +273,32 @@ def test_a_gradient_of_rounding_is_equal_however_rough(of: Callable, seed: int):
     assert found.ok
     if of is not np.sign:
         assert (found.visible, found.relative_error) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        (lambda d: None, False),
+        (lambda d: d.__setitem__(..., d + 1e-6), True),
+        (lambda d: d.__setitem__(77_777, d[77_777] + 1e-4), True),
+    ],
+    ids=["none", "everywhere", "in one element"],
+)
+def test_large_tensors_are_judged_by_sums_of_their_elements(fault: Callable, found: bool):
+    """A third of a million numbers in fewer sums: nothing is lost, nothing invented."""
+    size = SKETCH + 70_001
+    rng = np.random.default_rng(0)
+    value = rng.standard_normal(size)
+
+    def rounded(point: Tensors) -> Tensors:
+        return {"y": value + 3e-8 * rng.standard_normal(size)}
+
+    def port(point: Tensors) -> Tensors:
+        y = rounded(point)["y"]
+        fault(y)
+        return {"y": y}
+
+    (finding,) = compare(lambda p: {"y": value}, rounded, port, dict)
+    assert finding.size == size
+    assert finding.ok is not found
+    assert finding.noise == pytest.approx(1, abs=0.2)
