@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     with warnings.catch_warnings(record=True) as caught:  # the report says it, in its place
         warnings.simplefilter("always", RuntimeWarning)
         config.stash[_blas] = use_openblas()
+    machine.allow_torch_what_mlx_may()
     config.stash[_complaints] = [str(w.message) for w in caught]
     config.stash[_rounds] = {}
     option = config.option

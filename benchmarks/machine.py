@@ -58,6 +58,18 @@ def power() -> str:
     return ", ".join([*([governor.read_text().strip()] if governor.exists() else []), *mains])
 
 
+def mlx_tf32() -> bool:
+    """Whether MLX may round products to TF32 where the device has it; its default is yes."""
+    return os.environ.get("MLX_ENABLE_TF32", "1") != "0"
+
+
+def allow_torch_what_mlx_may() -> None:
+    """PyTorch's products and convolutions in the precision of MLX's: by default the one rounds to
+    TF32 in convolutions only, the other everywhere."""
+    torch.backends.cuda.matmul.allow_tf32 = mlx_tf32()
+    torch.backends.cudnn.allow_tf32 = mlx_tf32()
+
+
 def identity(blas: Blas) -> dict[str, Any]:
     """For ``machine_info``: figures from two machines that differ in it are not comparable."""
     return {
@@ -69,11 +81,11 @@ def identity(blas: Blas) -> dict[str, Any]:
         "mlx_version": importlib.metadata.version("mlx"),
         "mlx_blas": str(blas),
         "mlx_blas_threads": blas.threads,
-        "mlx_tf32": os.environ.get("MLX_ENABLE_TF32", "1") != "0",  # MLX's default is on
+        "mlx_tf32": mlx_tf32(),
         "torch_version": torch.__version__,
         "torch_device": torch_device(),
         "torch_threads": torch.get_num_threads(),
-        "torch_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "torch_tf32": torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32,
         "g++": shutil.which("g++") is not None,
     }
 

@@ -6,11 +6,13 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import capture, contenders, summary, systems
+from benchmarks import capture, contenders, machine, summary, systems
 from benchmarks.contenders import break_even
 from benchmarks.statistics import CONFIDENCE, noise_floor, paired_ratio
 from benchmarks.summary import Rounds
+from mlx_parity.blas import Blas
 
 SUBJECT = next(s for s in systems.SUBJECTS if s.name == "001 GAN")
 SAMPLER = next(s for s in systems.SUBJECTS if s.name == "001 generator, sampling")
@@ -171,6 +173,19 @@ def test_the_harness_takes_less_than_a_hundredth_of_the_shortest_step():
         return time.perf_counter() - start
 
     assert np.median([harness() for _ in range(1000)]) < 0.01 * 1.8e-3
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_pytorch_rounds_as_mlx_may(tf32: bool, monkeypatch):
+    monkeypatch.setenv("MLX_ENABLE_TF32", str(int(tf32)))
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    try:
+        machine.allow_torch_what_mlx_may()
+        assert (matmul.allow_tf32, convolution.allow_tf32) == (tf32, tf32)
+        assert machine.identity(Blas("netlib", False, 1, ""))["torch_tf32"] is tf32
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="here the trace can be made")
