@@ -806,13 +806,12 @@ def _loss(call: Call) -> Proposals:
             lambda c: F.binary_cross_entropy(c.x.clamp(1e-12, 1 - 1e-7), c.get("target")),
         )
     if name == "kl_div":
+        log = {"log_target": not call.get("log_target", False)}
+        mean = {"reduction": "mean" if reduction == "batchmean" else "batchmean"}
         for said, change in (
-            ("a sum over classes and a mean over the batch", {"reduction": "batchmean"}),
-            ("targets read as logarithms", {"log_target": not call.get("log_target", False)}),
-            (
-                "both",
-                {"reduction": "batchmean", "log_target": not call.get("log_target", False)},
-            ),
+            (f"the reduction {mean['reduction']!r}", mean),
+            ("targets read as logarithms, or the reverse", log),
+            (f"both that and the reduction {mean['reduction']!r}", mean | log),
         ):
             yield Change("kl-divergence", said, lambda c, k=change: c.run(**k))
     if name in ("cosine_embedding_loss", "cosine_similarity"):

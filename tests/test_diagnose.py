@@ -369,3 +369,25 @@ def test_a_module_that_cannot_be_called_alone_is_no_crash():
         raise RuntimeError("only within its model")
 
     assert blamed(Net(), net(broken), drawn(3, 4)) == []
+
+
+def test_a_stopped_gradient_is_named_in_a_module_with_running_statistics():
+    class Normed(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.fc = tnn.BatchNorm1d(4), tnn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(self.bn(x))
+
+    class PortNormed(mnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.fc = mnn.BatchNorm(4), mnn.Linear(4, 2)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.fc(mx.stop_gradient(self.bn(x)))
+
+    found = blamed(Normed(), PortNormed(), drawn(5, 4), direction="backward")
+    assert found[0].trap_id == "gradient-stopped"
+    assert "after batch_norm" in found[0].evidence

@@ -212,7 +212,9 @@ def _criterion(
         "classes": F.cross_entropy(logits, labels),
         "binary": F.binary_cross_entropy_with_logits(scores, target),
         "distance": F.smooth_l1_loss(scores, target),
-        "divergence": F.kl_div(F.log_softmax(logits, 1), F.softmax(logits.flip(0), 1)),
+        "divergence": F.kl_div(
+            F.log_softmax(logits, 1), F.softmax(logits.flip(0), 1), reduction="batchmean"
+        ),
     }
 
 
@@ -220,7 +222,7 @@ def _port(
     classes: Any = lambda x, y: mnn.losses.cross_entropy(x, y, reduction="mean"),
     binary: Any = lambda x, y: mnn.losses.binary_cross_entropy(x, y),
     distance: Any = lambda x, y: mnn.losses.smooth_l1_loss(x, y),
-    divergence: Any = lambda p, q: (q * (mx.log(q) - p)).mean(),
+    divergence: Any = lambda p, q: (q * (mx.log(q) - p)).sum(1).mean(),
 ) -> Callable[..., dict[str, mx.array]]:
     def losses(
         logits: mx.array, labels: mx.array, scores: mx.array, target: mx.array
@@ -273,14 +275,14 @@ LOSS_FAMILY = Family(
             distance=lambda x, y: mnn.losses.smooth_l1_loss(x, y, beta=1.001),
         ),
         _wrong(
-            "the batch's mean",
+            "the mean of all elements",
             "kl-divergence",
-            divergence=lambda p, q: (q * (mx.log(q) - p)).sum(1).mean(),
+            divergence=lambda p, q: (q * (mx.log(q) - p)).mean(),
         ),
         _wrong(
             "log targets missing",
             "kl-divergence",
-            divergence=lambda p, q: (mx.exp(q) * (q - p)).mean(),
+            divergence=lambda p, q: (mx.exp(q) * (q - p)).sum(1).mean(),
         ),
     ),
 )
