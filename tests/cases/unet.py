@@ -1,5 +1,6 @@
 """The U-Net of denoising diffusion, alone and in training."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,24 @@ def _diffusion_inputs(shape: Shape, rng: Rng) -> Arrays:
     }
 
 
+def _ddim_step(lib: Any, shape: Shape) -> System:
+    """A step of sampling without noise of its own, on a process of the length that was drawn."""
+    m = unet(lib.unet, shape)
+    schedule = lib.diffusion.linear_schedule(shape["timesteps"])
+
+    def step(x_t: Any, timesteps: Any) -> Any:
+        return lib.diffusion.ddim_step(m, schedule, x_t, timesteps)
+
+    return System(
+        modules={"unet": m}, forward=lambda x_t, timesteps: {"sample": step(x_t, timesteps)}
+    )
+
+
+def _ddim_inputs(shape: Shape, rng: Rng) -> Arrays:
+    inputs = _diffusion_inputs(shape, rng)
+    return {"x_t": inputs["noise"], "timesteps": inputs["timesteps"]}
+
+
 UNET = Case(
     name="U-Net",
     side="canonical",
@@ -157,4 +176,15 @@ SYSTEM = Case(
     full_size=CIFAR_10,
 )
 
-CASES = (UNET, SYSTEM)
+SAMPLING = replace(
+    SYSTEM,
+    name="U-Net DDIM step",
+    build=_ddim_step,
+    inputs=_ddim_inputs,
+    images=frozenset({"x_t", "sample"}),
+    compile_step=None,
+    samples=True,
+    cost=10,
+)
+
+CASES = (UNET, SYSTEM, SAMPLING)
