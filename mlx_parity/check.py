@@ -25,7 +25,7 @@ from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.capture import port_calls, reference_calls
-from mlx_parity.carry import channels_first, channels_last, reference_tensors
+from mlx_parity.carry import channels_first, channels_last, flat, reference_tensors
 from mlx_parity.case import Case, Loss, System
 from mlx_parity.errors import CarryError, NoGradient, ParityError, SideError
 from mlx_parity.ladder import Climb, Rung, compiles, randomise
@@ -73,6 +73,7 @@ def check(
     compiled: bool | None = None,
     variants: bool = False,
     localised: bool | None = None,
+    explain: bool = True,
     seed: int = 0,
     name: str | None = None,
     progress: Progress | None = None,
@@ -104,6 +105,8 @@ def check(
     variants: whether to compile the forward pass in every way, shapeless too, and to say what is
         frozen by it; the report lists them, the verdict does not depend on them.
     localised: whether to read every module; by default if something differs, or if it is quick.
+    explain: whether to look for a known cause where something differs; it tries alternatives out,
+        which may take longer than all else.
     progress: called with a line at each stage.
     """
     started = time.monotonic()
@@ -132,8 +135,9 @@ def check(
                 title=title,
                 report=report,
             )
-            _climb(subject, report, until, compiled, variants, localised, say)
-            _explain_what_is_no_module(subject, report)
+            _climb(subject, report, until, compiled, variants, localised, explain, say)
+            if explain:
+                _explain_what_is_no_module(subject, report)
         except SideError as error:
             report.undecided(error.side, str(error))
         except CarryError as error:
@@ -458,6 +462,16 @@ class _Subject:
         else:
             self.plan = find_plan(
                 self.prototype, self.port, map=self.map, sanitize=self.sanitize, **options
+            )
+        halves = {
+            str(a.dtype).rpartition(".")[2]
+            for a in flat(self.port.parameters()).values()
+            if a.dtype in (mx.float16, mx.bfloat16)
+        }
+        if halves and self.plan.links:
+            self.report.notes.append(
+                f"the port holds {', '.join(sorted(halves))}; it was compared in float32, in which "
+                "its formulas show"
             )
         self.report.carried = self.plan.how
         self.report.notes += self.plan.notes
@@ -970,6 +984,7 @@ def _climb(
     compiled: bool | None,
     variants: bool,
     localised: bool | None,
+    explain: bool,
     say: Progress,
 ) -> None:
     case = subject.case()
@@ -1038,7 +1053,7 @@ def _climb(
     ):
         say("module by module")
         _locate(subject, climb, report, failed)
-    if failed and subject.modular and hasattr(climb, "port"):
+    if explain and failed and subject.modular and hasattr(climb, "port"):
         say("looking for a known cause")
         _explain(subject, climb, report, failed)
 

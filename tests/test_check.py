@@ -58,6 +58,7 @@ def test_training_too_when_optimizers_are_given():
     wrong = check(Net(), Port(), X, optimizer=(optimizers[0], optim.Adam(1e-2)))
     assert wrong.failed is not None
     assert wrong.failed.name == "optimizer step"
+    assert "adam-bias-correction" in {d.trap_id for d in wrong.diagnoses}
 
 
 def test_a_loss_of_the_output_and_its_targets():
@@ -186,7 +187,7 @@ def test_the_mode_that_was_not_asked_for_is_compared_too(training: bool):
     report.assert_ok()
     assert f"forward in {'evaluation' if training else 'training'}" in str(report)
     fault = "statistics" if training else "momentum"
-    wrong = check(resnet.ResNet().train(training), resnet.ResNetPort(fault), x)
+    wrong = check(resnet.ResNet().train(training), resnet.ResNetPort(fault), x, explain=False)
     assert wrong.failed is not None
     assert wrong.failed.name.startswith("forward in")
     assert wrong.guilty[0].pair.reference_path == "layer1.1.bn2"

@@ -23,7 +23,7 @@ PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 CAUSAL = torch.full((7, 7), float("-inf")).triu(1)
 
 
-check = partial(mlx_parity.check, localised=True)
+check = partial(mlx_parity.check, localised=True, explain=False, compiled=False)
 
 
 def seeded(make: Callable[[], tnn.Module]) -> tnn.Module:
@@ -80,7 +80,6 @@ def test_a_right_port_is_equal_and_every_module_with_it(name: str):
     ("name", "fault", "path", "direction"),
     [
         ("encoder", "eps", "blocks.1.ln_1", "forward"),
-        ("encoder", "scale", "blocks.1.attn", "forward"),
         ("encoder", "mask", "blocks.1.attn", "forward"),
         ("encoder", "gelu", "blocks.1", "forward"),
         ("encoder", "gradient", "blocks.1.attn", "backward"),
@@ -89,7 +88,6 @@ def test_a_right_port_is_equal_and_every_module_with_it(name: str):
         ("resnet", "residual", "layer1.1", "forward"),
         ("resnet", "momentum", "layer1.1.bn2", "forward"),
         ("resnet", "stop", "", "backward"),
-        ("language", "gelu", "h.1", "forward"),
         ("language", "positions", "", "forward"),
         ("language", "tied", "", "backward"),
     ],

@@ -55,8 +55,7 @@ class SelfAttention(nn.Module):
             return y.reshape(B, T, HEADS, C // HEADS).transpose(0, 2, 1, 3)
 
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        scale = 1 / math.sqrt(C if self.fault == "scale" else C // HEADS)
-        scores = (q @ k.swapaxes(-1, -2)) * scale
+        scores = (q @ k.swapaxes(-1, -2)) / math.sqrt(C // HEADS)
         if mask is not None and self.fault != "mask":
             scores = mx.where(mask[:, None, None, :], -mx.inf, scores)
         weights = mx.softmax(scores, axis=-1)
