@@ -135,9 +135,12 @@ def check(
                 title=title,
                 report=report,
             )
-            _climb(subject, report, until, compiled, variants, localised, explain, say)
-            if explain:
-                _explain_what_is_no_module(subject, report)
+            if report.rungs:  # the port cannot even be repeated
+                report.settle()
+            else:
+                _climb(subject, report, until, compiled, variants, localised, explain, say)
+                if explain:
+                    _explain_what_is_no_module(subject, report)
         except SideError as error:
             report.undecided(error.side, str(error))
         except CarryError as error:
@@ -524,6 +527,19 @@ class _Subject:
         if self.plan is not None and self.plan.links:
             self.plan.carry()
         self._port_trial(theirs, convolved)
+        images = self.found_images & set(self.arrays)
+        once, again = (self._port_call(images) for _ in range(2))
+        drawn = [n for n in once if not np.array_equal(once[n], again[n], equal_nan=True)]
+        if drawn:
+            self.report.rungs.append(
+                Rung(
+                    "forward",
+                    False,
+                    message=f"the port is not deterministic, as the reference is: {_say(drawn[0])} "
+                    "differs between two calls with the same inputs. It draws random numbers, or "
+                    "keeps something from one call to the next",
+                )
+            )
 
     def _instance(self) -> Any:
         """A copy of the reference in float32: a call may change what the next one gives."""

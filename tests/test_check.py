@@ -246,6 +246,12 @@ def test_a_reference_that_draws_is_not_deterministic():
     assert "not deterministic" in report.problem
 
 
+def test_a_port_that_draws_differs_from_a_reference_that_does_not():
+    report = check(Net(), broken(lambda y: y + mx.random.normal(y.shape)), X)
+    assert report.verdict == "different"
+    assert "the port is not deterministic" in str(report)
+
+
 def test_nan_in_the_reference_is_its_own_fault():
     reference = Net()
     with torch.no_grad():
