@@ -28,7 +28,7 @@ from mlx_parity.capture import port_calls, reference_calls
 from mlx_parity.carry import channels_first, channels_last, flat, reference_tensors
 from mlx_parity.case import Case, Loss, System
 from mlx_parity.errors import CarryError, NoGradient, ParityError, SideError
-from mlx_parity.ladder import Climb, Rung, compiles, randomise
+from mlx_parity.ladder import Climb, Rung, compiles
 from mlx_parity.layout import distance
 from mlx_parity.localise import Located, localise
 from mlx_parity.pairing import Map, Pairs, port_modules
@@ -745,8 +745,10 @@ class _Subject:
         return replace(self.plan, reference=reference, port=port)
 
     def _weights(self, shape: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """The reference's own, but for what is alike throughout: it would hide its being unused."""
-        drawn = randomise(self.prototype, rng)
+        """The reference's own, but for what is alike throughout: it would hide its being unused.
+
+        The ladder draws the others.
+        """
         buffers = dict(self.prototype.named_buffers())
         own: dict[str, np.ndarray] = {}
         for name, tensor in reference_tensors(self.prototype).items():
@@ -756,8 +758,6 @@ class _Subject:
             redrawn = self.weights == "random" or (array.size and (array == array.flat[0]).all())
             if ignored or not redrawn or (name in buffers and not statistic):
                 own[f"{MODEL}.{name}"] = array
-            else:
-                own[f"{MODEL}.{name}"] = drawn[name]
         return own
 
     def _build(self, library: Any, shape: Any) -> System:

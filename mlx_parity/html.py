@@ -203,10 +203,12 @@ def _tree(readings: Sequence[Reading]) -> str:
     from mlx_parity.report import share
 
     rows = []
+    wrong = any(r.forward is not None and not r.forward.ok for r in readings)
     for reading in sorted(readings, key=lambda r: _sorting(r.pair.reference_path)):
         path = reading.pair.reference_path
         indent = "  " * (path.count(".") + bool(path))
-        worst = [f for f in (reading.isolated or reading.forward, reading.backward) if f]
+        back = None if wrong else reading.isolated_backward or reading.backward
+        worst = [f for f in (reading.isolated or reading.forward, back) if f is not None]
         finding = max(worst, key=share, default=None)
         figure = "" if finding is None else f"{share(finding):.2f}"
         name = escape(path.rpartition(".")[2] or "the whole")

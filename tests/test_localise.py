@@ -106,6 +106,15 @@ def test_what_differs_between_two_modules_is_said_to_lie_between_them():
     assert guilty.between == ("wte", "h.0.ln1")
 
 
+def test_the_page_colours_the_tree_by_each_modules_own_bias():
+    """Behind a fault everything differs; alone, only the faulty module does, and what holds it."""
+    page = check_encoder("eps").to_html()
+    tree = page[page.index("<h2>Modules</h2>") : page.index("<h2>Modules without")]
+    red = [row for row in tree.split("<div>") if "var(--different)" in row]
+    assert any("attention_norm" in row for row in red)
+    assert len(red) <= 3, red
+
+
 def test_an_alternative_is_tried_in_the_guilty_module_alone():
     (guilty,) = check_encoder("eps").guilty
     assert guilty.judge is not None
