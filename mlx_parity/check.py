@@ -366,6 +366,13 @@ class _Subject:
         self.modular = isinstance(self.reference, tnn.Module) and isinstance(self.port, mnn.Module)
         if self.training is None:
             self.training = getattr(self.reference, "training", False)
+        if isinstance(self.port, mnn.Module):  # a norm kept in evaluation mode, for instance
+            self.original_mode = self.port.training
+            self.apart = [
+                path
+                for path, m in port_modules(self.port).items()
+                if m.training != self.port.training
+            ]
         self.prototype = self._copied()
         self.original = self.port
         if isinstance(self.port, mnn.Module):
@@ -377,9 +384,19 @@ class _Subject:
         self._carry()
         self._try()
 
+    def _train(self, prototype: Any, training: bool) -> None:
+        """The mode of the whole; parts that were given in another than the whole keep it."""
+        prototype.train(training)
+        for path, module in self.reference.named_modules():
+            if module.training != self.reference.training:
+                prototype.get_submodule(path).training = module.training
+
     def _set_mode(self) -> None:
         if isinstance(self.port, mnn.Module):
             self.port.train(bool(self.training))
+            modules = port_modules(self.port)
+            for path in self.apart:
+                modules[path].train(not self.original_mode)
         self._silence()
 
     def _look_at_inputs(self) -> None:
@@ -408,7 +425,7 @@ class _Subject:
             made = copy.deepcopy(self.reference)
         except Exception as error:
             raise SideError("reference", "when it is copied", error) from error
-        made.train(bool(self.training))
+        self._train(made, bool(self.training))
         for name, tensor in reference_tensors(made).items():
             if torch.isnan(tensor).any():
                 raise ParityError(
@@ -874,7 +891,7 @@ class _Subject:
 
     def switch(self, training: bool) -> None:
         self.training = training
-        self.prototype.train(training)
+        self._train(self.prototype, training)
         self._set_mode()
 
     def judge_discrete(self, climb: Climb) -> Rung:

@@ -758,7 +758,7 @@ def _loss(call: Call) -> Proposals:
     for other in ("sum", "mean", "none"):
         if other != reduction:
             yield Change(
-                "loss-reduction",
+                "kl-divergence" if name == "kl_div" else "loss-reduction",
                 f"reduction {other!r} for {reduction!r}",
                 lambda c, r=other: c.run(reduction=r),
             )

@@ -630,6 +630,8 @@ def _guilty(
                 backward[k] = r.isolated_backward
         elif r.forward is not None and not r.forward.ok and (r.inputs is None or r.inputs.ok):
             forward[k] = r.forward
+        if k in forward and _other_indices(session, k, theirs, ours):
+            del forward[k]  # it was asked for something else: whoever calls it is to blame
     found: list[Guilty] = []
     for direction, suspects in (("forward", forward), ("backward", backward)):
         if direction == "backward" and found:
@@ -651,6 +653,23 @@ def _guilty(
             )
     found.sort(key=lambda g: next(r.order for r in readings.values() if r.pair is g.pair))
     return found
+
+
+def _other_indices(session: _Session, k: int, theirs: Captured, ours: Captured) -> bool:
+    """Whether a module's first call got other whole numbers than the reference's: shifted tokens,
+    positions from 1."""
+    calls = (
+        theirs.calls.get((session.name("reference", k), 0)),
+        ours.calls.get((session.name("port", k), 0)),
+    )
+    if calls[0] is None or calls[1] is None:
+        return False
+    found = [
+        [numpy_of(a) for a in call.inputs.values() if not is_floating(a)] for call in calls if call
+    ]
+    if [a.shape for a in found[0]] != [a.shape for a in found[1]]:
+        return False
+    return any(not np.array_equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def _harmless(readings: Mapping[int, Reading], k: int, finding: Finding) -> bool:

@@ -51,6 +51,8 @@ def test_a_correct_port_raises_no_alarm(name: str):
         ("MLP", "layers in a tuple"),
         ("optimizers: SGD", "momentum 0.901"),
         ("losses", "summed"),
+        ("DCGAN", "evaluation mode"),
+        ("embedding, tied", "positions from 1"),
     ],
 )
 def test_a_fault_is_found_located_and_explained(family: str, fault: str):

@@ -95,11 +95,14 @@ ADAM_FAMILY = Family(
     _adam,
     (
         _ours("no bias correction", "adam-bias-correction", lambda: optim.Adam(1e-3, [0.5, 0.999])),
-        _ours(
-            "the correction in float32",
-            "adam-correction-precision",
-            lambda: optim.Adam(1e-3, [0.5, 0.999], bias_correction=True),
-            True,
+        replace(
+            _both(  # at a learning rate at which a weight's own rounding does not hide it
+                "the correction in float32",
+                "adam-correction-precision",
+                lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.999)),
+                lambda: optim.Adam(0.1, [0.5, 0.999], bias_correction=True),
+            ),
+            subtle=True,
         ),
         _ours("beta1 0.9", "optimizer-settings", lambda: Adam(1e-3, (0.9, 0.999))),
         _ours("beta1 0.501", "optimizer-settings", lambda: Adam(1e-3, (0.501, 0.999)), True),
