@@ -24,8 +24,8 @@ class NormGroups(Trap):
     """MLX's GroupNorm puts every n-th channel in a group; PyTorch's groups are neighbours.
 
     Unless `pytorch_compatible=True`. With one group, or as many groups as channels, the two are
-    the same, so a test with such a model passes. In between the outputs have nothing in common but
-    their scale.
+    the same, so a test with such a model passes. In between every channel is normalised by
+    the statistics of another group.
     """
 
     id = "norm-groups"
