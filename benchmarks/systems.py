@@ -5,7 +5,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -130,12 +131,19 @@ def batch_size(subject: Subject, asked: int | None, on_cpu: bool) -> int:
     return max(1, min(LARGEST_BATCH, 2 ** int(math.log2(max(1, fits)))))
 
 
-@functools.cache
+def parity_gates(names: Iterable[str], examples: int) -> dict[str, str]:
+    """By case why it must not be timed, or "" where its port is proven. Before anything is timed,
+    and as many at a time as leave each two processors."""
+    unique = list(dict.fromkeys(names))
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        return dict(zip(unique, pool.map(lambda n: parity_gate(n, examples), unique), strict=True))
+
+
 def parity_gate(name: str, examples: int) -> str:
     """Why the case of this name must not be timed, or "" where its port is proven.
 
-    Climbs the ladder at ``examples`` drawn shapes, once for a run, in a process of its own: there
-    TF32 is off and the BLAS has one thread, which MLX and OpenBLAS read only once.
+    Climbs the ladder at ``examples`` drawn shapes in a process of its own: there TF32 is off and
+    the BLAS has one thread, which MLX and OpenBLAS read only once.
     """
     environment = {
         "MLX_ENABLE_TF32": "0",

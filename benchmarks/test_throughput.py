@@ -92,8 +92,16 @@ def ring(request: pytest.FixtureRequest) -> Ring:
     return Ring(request.config.getoption("--data"), request.config.getoption("--batch-size"))
 
 
-# an arm that is skipped, or must not be timed, leaves the fixture unused
-@pytest.mark.filterwarnings("ignore:Benchmark fixture was not used")
+@pytest.fixture(scope="session")
+def gates(request: pytest.FixtureRequest, quick: bool) -> dict[str, str]:
+    """Why a case must not be timed, "" where it may."""
+    if not request.config.option.benchmark_enable:
+        return {}
+    timed = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names = [item.callspec.params["subject"].case.name for item in timed]
+    return systems.parity_gates(names, 1 if quick else 5)
+
+
 # torch.compile warns of its own use of what PyTorch deprecates
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 @pytest.mark.filterwarnings("ignore::FutureWarning:torch.*")
@@ -106,12 +114,13 @@ def test_throughput(
     block: int,
     arm: str,
     quick: bool,
+    gates: dict[str, str],
 ) -> None:
     if benchmark.disabled:
         pytest.skip("a timing: ask for it with --benchmark-enable")
     if arm.startswith("torch") and machine.torch_device() is None:
         pytest.skip("PyTorch has no device of the class that MLX runs on")
-    if why := systems.parity_gate(subject.case.name, 1 if quick else 5):
+    if why := gates[subject.case.name]:
         pytest.fail(f"{subject.name} is not timed, its port is not proven:\n{why}", pytrace=False)
     try:
         ring.get(subject, "mlx-compiled")
