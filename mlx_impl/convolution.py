@@ -143,7 +143,7 @@ def _patches_maps(g: Geometry) -> Maps:
         shape = [g.groups, N, h, w, K, L, C // g.groups]
         row = W * C
         steps = [C // g.groups, H * row, S * row, T * C, g.dilation[0] * row, g.dilation[1] * C, 1]
-        rows = mx.as_strided(padded, shape, steps)  # (G, N, h, w, K, L, C / G), a view
+        rows = mx.as_strided(mx.contiguous(padded), shape, steps)  # (G, N, h, w, K, L, C / G)
         return rows.reshape(g.groups, N * h * w, -1)
 
     def grouped(result: mx.array) -> mx.array:
@@ -238,7 +238,8 @@ def _taps_maps(g: Geometry) -> Maps:
         assert y is not None
         # The last pixel of the last result is the last row: a view leaves out what is not wanted.
         steps = [H * W * f, W * f, f, rows * f, 1]
-        return mx.as_strided(y, [N, h, w, g.groups, f], steps).reshape(N, h, w, g.groups * f)
+        wanted = mx.as_strided(mx.contiguous(y), [N, h, w, g.groups, f], steps)
+        return wanted.reshape(N, h, w, g.groups * f)
 
     def by_image(result: mx.array, kernel: mx.array) -> mx.array:
         N, c = result.shape[0], kernel.shape[3]

@@ -20,6 +20,7 @@ from mlx_impl.images import (
     to_pixels,
     write_png,
 )
+from tests.frameworks import run
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -170,12 +171,21 @@ def test_each_image_has_its_place_in_a_grid(n, size, columns, scale):
 # Plots and files written whole
 
 
-def test_a_plot_is_a_picture_and_shows_no_window(tmp_path):
+def test_a_plot_is_a_picture(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's own, on its first import
         plot_losses(tmp_path / "a.png", [{"step": i, "d": i, "g": 1 / i} for i in (1, 2)], log=True)
     assert read_image(tmp_path / "a.png", 3).std() > 5
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_plot_opens_no_window(tmp_path):
+    """pyplot is what would; without it matplotlib draws into the file alone."""
+    code = (
+        "import sys; from pathlib import Path; from mlx_impl.images import plot_losses; "
+        "plot_losses(Path('a.png'), [{'step': i, 'd': i} for i in (1, 2)]); "
+        "print('matplotlib.pyplot' in sys.modules)"
+    )
+    assert run(code, tmp_path).stdout == "False\n"
 
 
 def test_a_file_that_was_not_finished_leaves_the_one_before(tmp_path):
@@ -202,6 +212,6 @@ def test_images_are_imported_without_their_libraries(tmp_path):
     import subprocess
 
     code = "import sys, mlx_impl.images; print({'PIL', 'matplotlib', 'torch'} & set(sys.modules))"
-    run = [sys.executable, "-c", code]
-    out = subprocess.run(run, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert out.stdout == "set()\n"

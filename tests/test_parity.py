@@ -15,8 +15,8 @@ needs_compiler = pytest.mark.skipif(
 
 
 def examples(case: Case) -> int:
-    """Half of the profile's shapes, fewer of a case that is dear, and one at least."""
-    return max(1, settings().max_examples // (2 * case.cost))
+    """An eighth of the card's shapes, and one at least."""
+    return max(1, settings().max_examples // (8 * case.cost))
 
 
 @pytest.mark.parametrize(

@@ -448,18 +448,19 @@ class IndexOutOfBounds(Trap):
 
     What it reads is whatever lies behind the array, often zero. A schedule indexed with t = 1..T
     where the original's table starts at 0 raises an IndexError in PyTorch at t = T. In MLX it is
-    off by one everywhere and garbage at the end.
+    off by one everywhere and garbage at the end. The example stops short of the end, since what
+    lies there is another number each time.
     """
 
     id = "index-out-of-bounds"
     title = "Indexing out of bounds is silent"
     rows = ("40",)
     fix = "tables start at 0: table[t - 1] for t in 1..T; assert on the range where t is drawn"
-    error = 0.98
+    error = 0.3
 
     @staticmethod
     def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"table": rng.uniform(0.5, 1, 8), "t": np.array([1, 4, 7, 8])}
+        return {"table": rng.uniform(0.5, 1, 8), "t": np.array([1, 4, 6, 7])}
 
     @staticmethod
     def reference(table: T, t: T) -> T:
