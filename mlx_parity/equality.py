@@ -167,6 +167,9 @@ class _Sums:
         self.port2 = np.zeros(shape)
         self.ref = np.zeros(shape)
         self.ref2 = np.zeros(shape)
+        self.own2 = np.zeros(shape)
+        """What PyTorch's errors come to in a sum of their squares. In a sum with signs two that are
+        the same at every point, as the rounding of a constant is, would seem to be no error."""
         self.value2 = np.zeros(shape)
 
     def _fold(self, array: np.ndarray, signs: np.ndarray) -> np.ndarray:
@@ -187,10 +190,12 @@ class _Sums:
         self.port2 += d * d
         self.value2 += self._fold(oracle * oracle, np.ones_like(self.signs))
         if reference is not None:
-            r = self._fold(reference - oracle, self.signs)
+            error = reference - oracle
+            r = self._fold(error, self.signs)
             self.count_ref += 1
             self.ref += r
             self.ref2 += r * r
+            self.own2 += self._fold(error * error, np.ones_like(self.signs))
 
 
 def _spread(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
@@ -209,7 +214,7 @@ def _judge(name: str, sums: _Sums, t_bound: float, element_bound: float, floor: 
     value = np.sqrt(sums.value2 / count)
     ulp = np.spacing(value.astype(np.float32)).astype(np.float64)
     own = np.sqrt(
-        sums.ref2 / sums.count_ref + ulp * ulp
+        sums.own2 / sums.count_ref + ulp * ulp
     )  # PyTorch's own float32 error, per element
 
     m, deviation, rounding, v = (float(np.linalg.norm(a)) for a in (mean, spread, own, value))

@@ -302,3 +302,21 @@ def test_large_tensors_are_judged_by_sums_of_their_elements(fault: Callable, fou
     assert finding.size == size
     assert finding.ok is not found
     assert finding.noise == pytest.approx(1, abs=0.2)
+
+
+def test_errors_that_are_the_same_at_every_point_do_not_cancel_out_of_the_yardstick():
+    """The first step of Adam moves every weight by one learning rate, whose rounding is a constant.
+
+    Where a large tensor's elements are added up with signs, PyTorch's two roundings may cancel and
+    the port's not, being of the same size and other signs.
+    """
+    size = SKETCH + 70_001
+    rng = np.random.default_rng(0)
+    value = 2e-4 * rng.choice((-1.0, 1.0), size)
+    theirs, ours = (4e-9 * rng.choice((-1.0, 1.0), size) for _ in range(2))
+
+    def off(by: np.ndarray) -> Callable[[Tensors], Tensors]:
+        return lambda point: {"y": value + by + 1e-13 * rng.standard_normal(size)}
+
+    (finding,) = compare(lambda p: {"y": value}, off(theirs), off(ours), dict)
+    assert finding.ok
