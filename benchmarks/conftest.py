@@ -118,6 +118,14 @@ def _tf32(identity: dict[str, Any]) -> str:
     return f", TF32 {'on' if identity['mlx_tf32'] else 'off'}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """pytest-benchmark cannot save a benchmark that was interrupted before its first round, and
+    would take all the others, and our report, down with it."""
+    kept = session.config._benchmarksession.benchmarks
+    kept[:] = [benchmark for benchmark in kept if benchmark.stats.data]
+
+
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     output_json["ratios"] = rows(config)
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -203,6 +204,16 @@ def test_a_gpu_trace_is_one_step_and_overwrites_none(tmp_path, monkeypatch):
     path.touch()
     with pytest.raises(FileExistsError, match="another folder"):
         capture.trace("002 GAN, sampling", tmp_path, lambda i: None)
+
+
+def test_an_interrupted_benchmark_is_not_saved_and_the_others_are():
+    from benchmarks.conftest import pytest_sessionfinish
+
+    done, broken = (SimpleNamespace(stats=SimpleNamespace(data=d)) for d in ([0.1], []))
+    benchmarks = [done, broken]
+    plugin = SimpleNamespace(benchmarks=benchmarks)
+    pytest_sessionfinish(SimpleNamespace(config=SimpleNamespace(_benchmarksession=plugin)))
+    assert plugin.benchmarks == [done]
 
 
 def test_an_unknown_system_is_not_proven():
