@@ -4,35 +4,50 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
-from mlx_parity import NotProven
+from mlx_parity.report import Report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def example() -> str:
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    return block.replace("examples=50", "examples=5")
+def example(mended: bool = False) -> str:
+    """The first Python of the README, and what it prints there."""
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    if mended:
+        block, n = re.subn(
+            r"(?<!torch\.)nn\.GroupNorm\(4, 8\)",
+            "nn.GroupNorm(4, 8, pytorch_compatible=True)",
+            block,
+        )
+        assert n == 1
+    return block
 
 
-def test_the_example_finds_the_group_norm():
-    with pytest.raises(NotProven) as error:
-        exec(compile(example(), "README.md", "exec"), {"__name__": "readme"})
-    shown = re.search(r"NotProven: (my port: .*?) at", README).group(1)
-    assert str(error.value).startswith(shown)
-    assert "forward y: different" in str(error.value)
+def run(code: str) -> Report:
+    names: dict = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names["report"]
 
 
-def test_the_example_passes_once_mended():
-    mended = re.sub(
-        r"(?<!torch\.)nn\.GroupNorm\(4, 8\)",
-        "nn.GroupNorm(4, 8, pytorch_compatible=True)",
-        example(),
-    )
-    assert mended.count("pytorch_compatible=True") == 1
-    exec(compile(mended, "README.md", "exec"), {"__name__": "readme"})
+def test_the_example_finds_the_group_norm_and_the_line_to_change(capsys):
+    report = run(example())
+    assert not report.ok
+    shown = capsys.readouterr().out
+    for line in (
+        "TorchNet → Net: different in forward, in norm (group) [GroupNorm]",
+        "norm-groups  GroupNorm's groups are strided channels",
+        "fix    nn.GroupNorm(groups, channels, pytorch_compatible=True)",
+    ):
+        assert line in shown
+        assert line in README
+
+
+def test_the_example_is_equal_once_mended(capsys):
+    report = run(example(mended=True))
+    report.assert_ok()
+    rungs = "structure, forward, loss, gradients, compiled, reloaded"
+    assert f"TorchNet → Net: equal ({rungs};" in capsys.readouterr().out
+    assert f"TorchNet → Net: equal ({rungs};" in README
 
 
 def test_every_session_named_exists():
