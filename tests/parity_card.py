@@ -8,6 +8,7 @@ a case that is dear to climb with gets as many fewer as its ``cost`` says.
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -29,8 +30,8 @@ from tests.cases import CASES, seed  # isort: skip
 REPORT = Path("reports/parity.json")
 
 
-SHARD = 50
-"""Shapes that one process takes at a time."""
+SHARD, SMALLEST_SHARD = 50, 2
+"""Shapes of a case of cost 1 that one process takes at a time, and of the dearest."""
 
 
 def climb(name: str, examples: int, share: int, device: str, ticks: Any) -> tuple[Proof, float]:
@@ -53,6 +54,12 @@ class _Named:
         self.name, self.side = name, side
 
 
+def shares(total: int, cost: int) -> list[int]:
+    """``total`` shapes as shards of about equal work."""
+    size = max(SMALLEST_SHARD, SHARD // cost)
+    return [min(size, total - i) for i in range(0, total, size)]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nox -s parity --", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="only the cases whose name contains one of these")
@@ -71,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     proofs: dict[str, Proof] = {}
     seconds = dict.fromkeys(names, 0.0)
     of_case = {c.name: max(1, options.examples // c.cost) for c in CASES if c.name in names}
-    shards = {
-        n: [min(SHARD, total - i) for i in range(0, total, SHARD)] for n, total in of_case.items()
-    }
+    shards = {c.name: shares(of_case[c.name], c.cost) for c in CASES if c.name in names}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -86,36 +91,49 @@ def main(argv: list[str] | None = None) -> int:
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         ticks = manager.Queue()
+        helpers = set(multiprocessing.active_children())  # the queue's; the climbers start below
         bars = {n: progress.add_task(n, total=2 * of_case[n]) for n in names}
+        cost = {c.name: c.cost for c in CASES}
         futures = {
             pool.submit(climb, n, size, i, options.device, ticks): n
-            for n in names
+            for n in sorted(names, key=lambda n: cost[n], reverse=True)  # no long tail at the end
             for i, size in enumerate(shards[n])
         }
         waiting = set(futures)
-        while waiting:
-            try:
-                progress.advance(bars[ticks.get(timeout=0.2)])
-            except Empty:
-                for future in [f for f in waiting if f.done()]:
-                    waiting.remove(future)
-                    (proof, taken), name = future.result(), futures[future]
-                    seconds[name] += taken
-                    if name in proofs:
-                        proofs[name].merge(proof)
-                    else:
-                        proofs[name] = proof
-    ordered = [proofs[n] for n in names]
+        try:
+            while waiting:
+                try:
+                    progress.advance(bars[ticks.get(timeout=0.2)])
+                except Empty:
+                    for future in [f for f in waiting if f.done()]:
+                        waiting.remove(future)
+                        (proof, taken), name = future.result(), futures[future]
+                        seconds[name] += taken
+                        if name in proofs:
+                            proofs[name].merge(proof)
+                        else:
+                            proofs[name] = proof
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is done gets shown
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(multiprocessing.active_children()) - helpers:
+                process.terminate()
+    unfinished = {futures[f] for f in waiting}
+    ordered = [proofs[n] for n in names if n not in unfinished]
     if options.device:
         mx.set_default_device(getattr(mx, options.device))
     card.show(ordered, console)
     blas = str(use_openblas())
     card.write(ordered, REPORT, profile=os.environ.get("HYPOTHESIS_PROFILE", "dev"), mlx_blas=blas)
     console.print(f"MLX {version('mlx')} ({blas}), PyTorch {version('torch')}; {REPORT}")
+    if unfinished:
+        console.print(
+            f"Interrupted, without {len(unfinished)} cases: {', '.join(sorted(unfinished))}"
+        )
     dearest = sorted(names, key=lambda n: seconds[n], reverse=True)[:5]
     each = (f"{n} {seconds[n]:.0f} s ({seconds[n] / of_case[n]:.1f} s a shape)" for n in dearest)
     console.print(f"CPU time {sum(seconds.values()):.0f} s, most of it {', '.join(each)}")
-    return 0 if all(p.ok for p in ordered) else 1
+    return 0 if all(p.ok for p in ordered) and not unfinished else 1
 
 
 if __name__ == "__main__":
