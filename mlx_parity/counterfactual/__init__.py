@@ -1,0 +1,41 @@
+"""What the original would have to be for the port to be right: known alternatives, tried out.
+
+A port that differs computes something else, and what people write by mistake is a short list. Each
+alternative changes one thing about the *reference*: an argument of one call (found by tracing the
+module's calls of torch), a child that is skipped, an attribute, a factor. It is computed in float64
+at nearby points, and the port's outputs are held against it by the test of equality. The
+alternative under which the bias returns to 1 is what the port computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn as tnn
+
+from mlx_parity.counterfactual.alternative import Alternative
+from mlx_parity.counterfactual.gradients import of_parameters
+from mlx_parity.counterfactual.modules import of_children, of_mode, of_settings, of_whole
+from mlx_parity.counterfactual.tracing import Trace, of_calls, of_neighbours
+
+
+def alternatives(
+    module: tnn.Module, call: Callable[[tnn.Module], Any], backward: bool = False
+) -> list[Alternative]:
+    """Every alternative for ``module``, likely ones first; ``call(module)`` calls it once."""
+    with Trace(backward) as trace:
+        call(copy.deepcopy(module))
+    found = list(of_calls(trace.calls))
+    if backward:
+        found += of_parameters(module)
+    found += of_neighbours(trace)
+    found += of_children(module)
+    found += of_settings(module)
+    found += of_mode(module)
+    found += of_whole(module)
+    return sorted(found, key=lambda a: a.fit is not None)  # a number found explains the least
+
+
+__all__ = ["Alternative", "alternatives"]

@@ -1,0 +1,231 @@
+"""Changes to a module, not to its calls: children, settings, mode, factors of the whole."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn as tnn
+
+from mlx_parity.counterfactual.activations import ACTIVATIONS
+from mlx_parity.counterfactual.alternative import Alternative
+from mlx_parity.counterfactual.calls import T
+
+
+@contextlib.contextmanager
+def _forward(module: tnn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+_MANY_CHILDREN = 24
+"""From how many modules on only the upper levels are changed: pairs grow as the square."""
+
+
+def of_children(module: tnn.Module) -> Iterator[Alternative]:
+    """Layers skipped, doubled, and swapped with their like."""
+    names = [n for n, m in module.named_modules() if n and not isinstance(m, tnn.ModuleList)]
+    if len(names) > _MANY_CHILDREN:
+        names = [n for n in names if n.count(".") < 2][:_MANY_CHILDREN]
+
+    def skipped(name: str) -> Alternative:
+        def within(m: tnn.Module) -> Any:
+            return _forward(m.get_submodule(name), lambda x, *_, **__: x)
+
+        return Alternative("layer-order", f"{name} is skipped", within)
+
+    def doubled(name: str) -> Alternative:
+        def within(m: tnn.Module) -> Any:
+            child = m.get_submodule(name)
+            once = child.forward
+            return _forward(child, lambda x, *a, **k: once(once(x, *a, **k), *a, **k))
+
+        return Alternative("layer-order", f"{name} is called twice", within)
+
+    def swapped(a: str, b: str) -> Alternative:
+        @contextlib.contextmanager
+        def within(m: tnn.Module) -> Iterator[None]:
+            one, two = m.get_submodule(a), m.get_submodule(b)
+            with _forward(one, two.forward), _forward(two, one.__class__.forward.__get__(one)):
+                yield
+
+        return Alternative("layer-order", f"{a} and {b} are swapped", within)
+
+    def replaced(a: str, b: str) -> Alternative:
+        def within(m: tnn.Module) -> Any:
+            return _forward(m.get_submodule(b), m.get_submodule(a).forward)
+
+        return Alternative("layer-order", f"{a} is called in the place of {b}", within)
+
+    def alike(a: str, b: str) -> bool:
+        one, two = module.get_submodule(a), module.get_submodule(b)
+        shapes = [[p.shape for p in m.parameters()] for m in (one, two)]
+        return type(one) is type(two) and bool(shapes[0]) and shapes[0] == shapes[1]
+
+    for name in names:
+        yield skipped(name)
+    for a, b in itertools.combinations(names, 2):
+        if not b.startswith(f"{a}.") and alike(a, b):
+            yield swapped(a, b)
+    for name in names:
+        yield doubled(name)
+    for a, b in itertools.permutations(names, 2):
+        if not a.startswith(f"{b}.") and not b.startswith(f"{a}.") and alike(a, b):
+            yield replaced(a, b)
+
+
+_HEADS = ("head", "group")
+
+
+def of_settings(module: tnn.Module) -> Iterator[Alternative]:
+    """Numbers and flags that the module and its children keep as attributes."""
+
+    def set_to(path: str, key: str, value: Any) -> Callable[[tnn.Module], Any]:
+        @contextlib.contextmanager
+        def within(m: tnn.Module) -> Iterator[None]:
+            owner = m.get_submodule(path)
+            before = getattr(owner, key)
+            setattr(owner, key, value)
+            try:
+                yield
+            finally:
+                setattr(owner, key, before)
+
+        return within
+
+    for path, owner in module.named_modules():
+        if type(owner).__module__.startswith("torch.") or path.count(".") > 1:
+            continue
+        for key, value in vars(owner).items():
+            if key.startswith("_") or key in ("training", "call_super_init"):
+                continue
+            name = ".".join(p for p in (path, key) if p)
+            if isinstance(value, bool):
+                yield Alternative(
+                    "module-setting", f"{name} {not value}", set_to(path, key, not value)
+                )
+            elif isinstance(value, int):
+                near = {value - 1, value + 1, 2 * value, value // 2}
+                trap = "head-count" if any(h in key for h in _HEADS) else "module-setting"
+                for other in sorted(n for n in near if n > 0 and n != value):
+                    yield Alternative(trap, f"{name} {other} for {value}", set_to(path, key, other))
+            elif isinstance(value, float):
+
+                def at(
+                    number: float, path: str = path, key: str = key, value: float = value
+                ) -> Alternative:
+                    trap = "attention-scale" if "scale" in key else "module-setting"
+                    return Alternative(
+                        trap,
+                        f"{'.'.join(p for p in (path, key) if p)} {number:.6g} for {value:.6g}",
+                        set_to(path, key, number),
+                    )
+
+                yield Alternative(
+                    "module-setting", name, set_to(path, key, value), (value, False), at
+                )
+
+
+def of_mode(module: tnn.Module) -> Iterator[Alternative]:
+    @contextlib.contextmanager
+    def within(m: tnn.Module) -> Iterator[None]:
+        before = {s: s.training for s in m.modules()}
+        m.train(not m.training)
+        try:
+            yield
+        finally:
+            for s, training in before.items():
+                s.training = training
+
+    yield Alternative(
+        "training-mode", f"{'evaluation' if module.training else 'training'} mode", within
+    )
+
+
+def _halves(x: T) -> T:
+    """(x0, x2, ..., x1, x3, ...): neighbours become halves."""
+    return torch.cat([x[..., ::2], x[..., 1::2]], -1)
+
+
+def _neighbours(x: T) -> T:
+    a, b = x.chunk(2, -1)
+    return torch.stack([a, b], -1).flatten(-2)
+
+
+def of_whole(module: tnn.Module) -> Iterator[Alternative]:
+    """The module as a whole: a factor, rotary pairs, swapped image axes."""
+
+    def wrapped(change: Callable[..., Any]) -> Callable[[tnn.Module], Any]:
+        def within(m: tnn.Module) -> Any:
+            once = m.forward
+            return _forward(m, lambda x, *a, **k: change(lambda y: once(y, *a, **k), x))
+
+        return within
+
+    for what, into, back in (
+        ("pairs half the width apart", _neighbours, _halves),
+        ("pairs of neighbours", _halves, _neighbours),
+    ):
+        yield Alternative(
+            "rotary-layout",
+            what,
+            wrapped(lambda f, x, i=into, b=back: b(f(i(x)))),
+        )
+
+    for kind in ("sigmoid", "tanh", "relu"):
+        yield Alternative(
+            "activation-kind",
+            f"a {kind} of the output",
+            wrapped(lambda f, x, k=kind: _through(f(x), ACTIVATIONS[k])),
+        )
+    yield Alternative(
+        "activation-kind",
+        "a softmax of the output",
+        wrapped(lambda f, x: _through(f(x), lambda y: y.softmax(-1))),
+    )
+
+    def factor(number: float) -> Alternative:
+        return Alternative(
+            "scale-factor",
+            f"the output times {number:.6g}",
+            wrapped(lambda f, x: _scaled(f(x), number)),
+        )
+
+    yield Alternative("scale-factor", "", factor(1.0).within, (1.0, False), factor)
+
+    def of_input(number: float) -> Alternative:
+        return Alternative(
+            "scale-factor",
+            f"the input times {number:.6g}",
+            wrapped(lambda f, x: f(_floating_times(x, number))),
+        )
+
+    yield Alternative("scale-factor", "", of_input(1.0).within, (1.0, False), of_input)
+
+
+def _floating_times(x: Any, number: float) -> Any:
+    return x * number if isinstance(x, T) and x.is_floating_point() else x
+
+
+def _scaled(value: Any, number: float) -> Any:
+    return _through(value, lambda y: y * number)
+
+
+def _through(value: Any, function: Callable[[T], T]) -> Any:
+    if isinstance(value, T):
+        return function(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_through(v, function) for v in value)
+    if isinstance(value, dict):
+        return {k: _through(v, function) for k, v in value.items()}
+    return value
