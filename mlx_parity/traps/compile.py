@@ -10,7 +10,7 @@ import mlx.optimizers as optim
 import numpy as np
 import torch
 
-from mlx_parity.traps.trap import A, Rng, T, Trap
+from mlx_parity.traps.trap import A, Rng, T, Trap, arrays
 
 
 class CompileState(Trap):
@@ -76,10 +76,7 @@ class CompileLearningRate(Trap):
     rows = ("57",)
     fix = "inputs=[model.state, optimizer.state], and set optimizer.learning_rate between steps"
     error = 0.82
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"g": rng.standard_normal(4)}
+    shapes = arrays(g=(4,))
 
     @staticmethod
     def reference(g: T) -> T:

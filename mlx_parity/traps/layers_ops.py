@@ -8,15 +8,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mlx_parity.traps.trap import A, Rng, T, Trap
+from mlx_parity.traps.trap import A, Rng, T, Trap, arrays
 
+_VECTORS = arrays(x=(3, 8))
 
-def _vectors(rng: Rng) -> dict[str, np.ndarray]:
-    return {"x": rng.standard_normal((3, 8))}
-
-
-def _image(rng: Rng) -> dict[str, np.ndarray]:
-    return {"x": rng.standard_normal((2, 3, 7, 6))}
+_IMAGE = arrays(x=(2, 3, 7, 6))
 
 
 class ActivationSlope(Trap):
@@ -30,7 +26,7 @@ class ActivationSlope(Trap):
     title = "An activation's slope differs"
     fix = "nn.LeakyReLU(0.2): pass the original's negative_slope"
     error = 1.3e-5
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -52,7 +48,7 @@ class ActivationKind(Trap):
     title = "Another activation function"
     fix = "use the original's activation"
     error = 0.19
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -80,7 +76,7 @@ class GeluApproximation(Trap):
     rows = ("55",)
     fix = "nn.GELU(approx='none') for PyTorch's default, 'tanh' for approximate='tanh'"
     error = 0.00028
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -135,7 +131,7 @@ class LeakyReluSteep(Trap):
     rows = ("44",)
     fix = "mx.where(x > 0, x, slope * x)"
     error = 0.37
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -196,7 +192,7 @@ class GradientStopped(Trap):
     fix = "remove mx.stop_gradient (or the detour through NumPy) from the port"
     error = 0.5
     gradients = True
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -223,7 +219,7 @@ class GradientFlows(Trap):
     fix = "mx.stop_gradient where the original has .detach() or no_grad()"
     error = 1.0
     gradients = True
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -251,7 +247,7 @@ class PoolPadding(Trap):
     fix = "pool(x) / pool(mx.ones_like(x))"
     error = 0.39
     images = frozenset({"x", "output"})
-    draw = staticmethod(_image)
+    shapes = _IMAGE
 
     @staticmethod
     def reference(x: T) -> T:
@@ -276,7 +272,7 @@ class PoolWindow(Trap):
     fix = "use the original's pooling, kernel_size, stride and padding"
     error = 0.96
     images = frozenset({"x", "output"})
-    draw = staticmethod(_image)
+    shapes = _IMAGE
 
     @staticmethod
     def reference(x: T) -> T:
@@ -303,10 +299,7 @@ class UpsampleSize(Trap):
     rows = ("47",)
     fix = "index the source pixels yourself: x[:, mx.floor(mx.arange(10) / 1.5).astype(mx.int32)]"
     error = 0.82
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 3, 7))}
+    shapes = arrays(x=(2, 3, 7))
 
     images = frozenset({"x", "output"})
 
@@ -336,7 +329,7 @@ class UpsampleCorners(Trap):
     fix = "nn.Upsample(scale, mode='linear', align_corners=...) as in the original"
     error = 0.29
     images = frozenset({"x", "output"})
-    draw = staticmethod(_image)
+    shapes = _IMAGE
 
     @staticmethod
     def reference(x: T) -> T:
@@ -364,10 +357,7 @@ class PaddingMode(Trap):
     fix = "pad before: mx.pad(x, widths, mode='reflect'), then a convolution without padding"
     error = 0.47
     images = frozenset({"x", "output"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return _image(rng) | {"w": rng.standard_normal((4, 3, 3, 3))}
+    shapes = arrays(x=(2, 3, 7, 6), w=(4, 3, 3, 3))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -395,10 +385,7 @@ class ConvGeometry(Trap):
     fix = "nn.Conv2d(..., stride=, padding=, dilation=, groups=) as in the original"
     error = 1.3
     images = frozenset({"x", "output"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return _image(rng) | {"w": rng.standard_normal((4, 3, 3, 3))}
+    shapes = arrays(x=(2, 3, 7, 6), w=(4, 3, 3, 3))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -458,7 +445,7 @@ class TypePromotion(Trap):
     rows = ("53",)
     fix = "x * scale.astype(x.dtype), or a Python float"
     error = 0.00021
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -484,7 +471,7 @@ class SplitSections(Trap):
     rows = ("54",)
     fix = "mx.split(x, x.shape[0] // size), or split points: mx.split(x, [size, 2 * size])"
     error = 0.81
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -511,7 +498,7 @@ class RepeatInterleaves(Trap):
     rows = ("54",)
     fix = "mx.tile(x, (1, 2))"
     error = 1.0
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -534,7 +521,7 @@ class TopkOrder(Trap):
     rows = ("54",)
     fix = "mx.sort(x, axis=1)[:, ::-1][:, :k]"
     error = 0.74
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -556,10 +543,7 @@ class SoftmaxAxis(Trap):
     title = "A softmax over the wrong axis"
     fix = "mx.softmax(x, axis=...) over the axis that is the original's in this layout"
     error = 0.47
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 4, 4))}
+    shapes = arrays(x=(2, 4, 4))
 
     @staticmethod
     def reference(x: T) -> T:
@@ -584,10 +568,7 @@ class AttentionScale(Trap):
     title = "The scale of attention's logits"
     fix = "scale = head_dim ** -0.5"
     error = 0.074
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {k: rng.standard_normal((2, 2, 3, 4)) for k in ("q", "k", "v")}
+    shapes = arrays(q=(2, 2, 3, 4), k=(2, 2, 3, 4), v=(2, 2, 3, 4))
 
     @staticmethod
     def reference(q: T, k: T, v: T) -> T:
@@ -613,10 +594,7 @@ class AttentionMask(Trap):
     title = "Another attention mask"
     fix = "mask='causal' for is_causal=True; ~mask for torch.nn.MultiheadAttention's attn_mask"
     error = 0.54
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {k: rng.standard_normal((2, 2, 3, 4)) for k in ("q", "k", "v")}
+    shapes = arrays(q=(2, 2, 3, 4), k=(2, 2, 3, 4), v=(2, 2, 3, 4))
 
     @staticmethod
     def reference(q: T, k: T, v: T) -> T:
@@ -642,10 +620,7 @@ class RotaryLayout(Trap):
     title = "The pairs of a rotary embedding"
     fix = "nn.RoPE(dims, traditional=True) for neighbours, False for halves"
     error = 0.68
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 3, 8))}
+    shapes = arrays(x=(2, 3, 8))
 
     @staticmethod
     def reference(x: T) -> T:
@@ -669,7 +644,7 @@ class ResidualDropped(Trap):
     title = "A residual connection is missing"
     fix = "return x + f(x)"
     error = 0.6
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -694,10 +669,7 @@ class LayerSkipped(Trap):
     title = "A layer is skipped, repeated or swapped"
     fix = "call the layers in the original's order, each once"
     error = 1.9
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {k: rng.standard_normal((4, 4)) for k in ("x", "v", "w")}
+    shapes = arrays(x=(4, 4), v=(4, 4), w=(4, 4))
 
     @staticmethod
     def reference(x: T, v: T, w: T) -> T:
@@ -722,10 +694,7 @@ class ConcatenationOrder(Trap):
     title = "A concatenation in another order"
     fix = "mx.concatenate in the original's order, channels on the last axis"
     error = 1.5
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 3)), "skip": rng.standard_normal((2, 3))}
+    shapes = arrays(x=(2, 3), skip=(2, 3))
 
     @staticmethod
     def reference(x: T, skip: T) -> T:
@@ -750,7 +719,7 @@ class ScaleFactor(Trap):
     title = "A constant factor"
     fix = "multiply by the factor that the report names"
     error = 7.0
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:
@@ -775,7 +744,7 @@ class ModuleSetting(Trap):
     title = "A setting of a module differs"
     fix = "copy the setting from the original"
     error = 0.081
-    draw = staticmethod(_vectors)
+    shapes = _VECTORS
 
     @staticmethod
     def reference(x: T) -> T:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mlx_parity.traps.trap import A, Rng, T, Trap
+from mlx_parity.traps.trap import A, Rng, T, Trap, arrays
 
 
 class ConvKernelLayout(Trap):
@@ -25,10 +25,7 @@ class ConvKernelLayout(Trap):
     fix = "weight.transpose(0, 2, 3, 1) when the weights are carried"
     error = 1.2
     images = frozenset({"x", "output"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 3, 5, 6)), "w": rng.standard_normal((4, 3, 3, 3))}
+    shapes = arrays(x=(2, 3, 5, 6), w=(4, 3, 3, 3))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -60,10 +57,7 @@ class ConvTransposeKernelLayout(Trap):
     fix = "weight.transpose(1, 2, 3, 0) when the weights are carried"
     error = 0.87
     images = frozenset({"x", "output"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 3, 4, 5)), "w": rng.standard_normal((3, 3, 2, 2))}
+    shapes = arrays(x=(2, 3, 4, 5), w=(3, 3, 2, 2))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -92,10 +86,7 @@ class GroupedConvTranspose(Trap):
     fix = "cut the kernel into groups, transpose each (1, 2, 3, 0), and join them on axis 0"
     error = 1.1
     images = frozenset({"x", "output"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 4, 4, 5)), "w": rng.standard_normal((4, 2, 3, 3))}
+    shapes = arrays(x=(2, 4, 4, 5), w=(4, 2, 3, 3))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -124,14 +115,7 @@ class LoadNotStrict(Trap):
     rows = ("33",)
     fix = "model.load_weights(path, strict=True)"
     error = 1.4
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {
-            "x": rng.standard_normal((2, 4)),
-            "w": rng.standard_normal((3, 4)),
-            "b": rng.standard_normal(3),
-        }
+    shapes = arrays(x=(2, 4), w=(3, 4), b=(3,))
 
     @staticmethod
     def reference(x: T, w: T, b: T) -> T:
@@ -163,10 +147,7 @@ class FlattenOrder(Trap):
     fix = "permute the Linear's columns (C, H, W) -> (H, W, C) once, or x.transpose(0, 3, 1, 2)"
     error = 1.5
     images = frozenset({"x"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 3, 4, 5)), "w": rng.standard_normal((7, 60))}
+    shapes = arrays(x=(2, 3, 4, 5), w=(7, 60))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -192,10 +173,7 @@ class LinearTransposed(Trap):
     title = "A square weight, transposed"
     fix = "x @ weight.T for a weight (out, in); transpose it once, when it is carried"
     error = 1.5
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 4)), "w": rng.standard_normal((4, 4))}
+    shapes = arrays(x=(2, 4), w=(4, 4))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -226,10 +204,7 @@ class ParameterInTuple(Trap):
     rows = ("35",)
     fix = "keep layers in a list: self.layers = [nn.Linear(...), ...]"
     error = 1.3
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((5, 4)), "w": rng.standard_normal((3, 4))}
+    shapes = arrays(x=(5, 4), w=(3, 4))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -385,10 +360,7 @@ class FrozenParameter(Trap):
     title = "A parameter is frozen on one side"
     fix = "module.unfreeze() in the port, or requires_grad_(False) in the original"
     error = 1.0
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((5, 4)), "w": rng.standard_normal((3, 4))}
+    shapes = arrays(x=(5, 4), w=(3, 4))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -628,10 +600,7 @@ class HeadCount(Trap):
     title = "The number of attention heads"
     fix = "nn.MultiHeadAttention(dims, num_heads=...) with the original's num_heads"
     error = 0.65
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {k: rng.standard_normal((2, 3, 8)) for k in ("q", "k", "v")}
+    shapes = arrays(q=(2, 3, 8), k=(2, 3, 8), v=(2, 3, 8))
 
     @staticmethod
     def reference(q: T, k: T, v: T) -> T:
@@ -666,10 +635,7 @@ class EncoderLayerDefaults(Trap):
     rows = ("42",)
     fix = "nn.TransformerEncoderLayer(..., norm_first=False)"
     error = 1.9
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((3, 6)), "w": rng.standard_normal((6, 6))}
+    shapes = arrays(x=(3, 6), w=(6, 6))
 
     @staticmethod
     def reference(x: T, w: T) -> T:
@@ -696,10 +662,7 @@ class WeightsMissing(Trap):
     rows = ("35",)
     fix = "rename them: mlx_parity.carry(reference, port, rename={'net': 'body'})"
     error = 1.3
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 4)), "w": rng.standard_normal((3, 4))}
+    shapes = arrays(x=(2, 4), w=(3, 4))
 
     @staticmethod
     def reference(x: T, w: T) -> T:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mlx_parity.traps.trap import A, Rng, T, Trap
+from mlx_parity.traps.trap import A, Rng, T, Trap, arrays
 
 
 def _logits(rng: Rng) -> dict[str, np.ndarray]:
@@ -236,10 +236,7 @@ class CosineSimilarityLoss(Trap):
     rows = ("26",)
     fix = "1 - nn.losses.cosine_similarity_loss(a, b, reduction='mean')"
     error = 1.1
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"a": rng.standard_normal((4, 3)), "b": rng.standard_normal((4, 3))}
+    shapes = arrays(a=(4, 3), b=(4, 3))
 
     @staticmethod
     def reference(a: T, b: T) -> T:
@@ -267,10 +264,7 @@ class LossBroadcast(Trap):
     rows = ("27",)
     fix = "repair the original: loss(predictions.squeeze(1), targets)"
     error = None
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"predictions": rng.standard_normal((4, 1)), "targets": rng.standard_normal(4)}
+    shapes = arrays(predictions=(4, 1), targets=(4,))
 
     @staticmethod
     def reference(predictions: T, targets: T) -> T:
@@ -329,10 +323,7 @@ class LossKind(Trap):
     title = "Another loss, or another parameter of it"
     fix = "use the original's loss with its beta, delta or label_smoothing"
     error = 0.5
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal(6), "y": rng.standard_normal(6)}
+    shapes = arrays(x=(6,), y=(6,))
 
     @staticmethod
     def reference(x: T, y: T) -> T:

@@ -9,15 +9,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from mlx_parity.traps.trap import A, Rng, T, Trap
+from mlx_parity.traps.trap import A, Rng, T, Trap, arrays
 
+_FEATURES = arrays(x=(5, 6))
 
-def _features(rng: Rng) -> dict[str, np.ndarray]:
-    return {"x": rng.standard_normal((5, 6))}
-
-
-def _image(rng: Rng) -> dict[str, np.ndarray]:
-    return {"x": rng.standard_normal((2, 6, 4, 5))}
+_IMAGE = arrays(x=(2, 6, 4, 5))
 
 
 class NormGroups(Trap):
@@ -34,7 +30,7 @@ class NormGroups(Trap):
     fix = "nn.GroupNorm(groups, channels, pytorch_compatible=True)"
     error = 0.17
     images = frozenset({"x", "output"})
-    draw = staticmethod(_image)
+    shapes = _IMAGE
 
     @staticmethod
     def reference(x: T) -> T:
@@ -62,7 +58,7 @@ class NormEps(Trap):
     title = "A normalisation's eps differs"
     fix = "pass eps to the MLX layer: nn.LayerNorm(dims, eps=1e-6)"
     error = 1.7e-5
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:
@@ -89,7 +85,7 @@ class NormMomentum(Trap):
     title = "A normalisation's momentum differs"
     fix = "pass momentum to the MLX layer: nn.BatchNorm(channels, momentum=0.1)"
     error = 8.0
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:
@@ -126,7 +122,11 @@ class NormAffine(Trap):
 
     @staticmethod
     def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return _image(rng) | {"weight": rng.uniform(0.5, 1.5, 6), "bias": rng.standard_normal(6)}
+        return {
+            "x": rng.standard_normal(_IMAGE["x"]),
+            "weight": rng.uniform(0.5, 1.5, 6),
+            "bias": rng.standard_normal(6),
+        }
 
     images = frozenset({"x", "output"})
 
@@ -157,7 +157,7 @@ class NormAxis(Trap):
     fix = "normalise over the axis that holds the channels in NHWC: the last"
     error = 0.68
     images = frozenset({"x", "output"})
-    draw = staticmethod(_image)
+    shapes = _IMAGE
 
     @staticmethod
     def reference(x: T) -> T:
@@ -183,7 +183,7 @@ class NormKind(Trap):
     title = "Another normalisation"
     fix = "use the original's normalisation"
     error = 0.48
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:
@@ -211,7 +211,7 @@ class LayerNormShape(Trap):
     fix = "flatten the axes first: mx.fast.layer_norm(x.flatten(1), None, None, eps), then reshape"
     error = 0.48
     images = frozenset({"x", "output"})
-    draw = staticmethod(_image)
+    shapes = _IMAGE
 
     @staticmethod
     def reference(x: T) -> T:
@@ -239,7 +239,7 @@ class BatchNormBiasedVariance(Trap):
     rows = ("8",)
     fix = "nn.BatchNorm of mlx 0.32.1 or later, or feed the running value x.var(axis, ddof=1)"
     error = 0.2
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:
@@ -270,10 +270,7 @@ class BatchNormVolumes(Trap):
     fix = "reshape around it: norm(x.reshape(N, D * H, W, C)).reshape(x.shape)"
     error = None
     images = frozenset({"x", "output"})
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"x": rng.standard_normal((2, 4, 2, 3, 5))}
+    shapes = arrays(x=(2, 4, 2, 3, 5))
 
     @staticmethod
     def reference(x: T) -> T:
@@ -303,7 +300,7 @@ class BatchNormUnfreeze(Trap):
     rows = ("10",)
     fix = "after model.unfreeze(), freeze them: norm.freeze(keys=['running_mean', 'running_var'])"
     error = 0.1
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:
@@ -347,7 +344,7 @@ class BatchNormFrozenMoves(Trap):
     rows = ("11",)
     fix = "call the network as often as the original does, in the same mode; freeze() is not eval()"
     error = 0.47
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:
@@ -414,7 +411,7 @@ class VarianceDdof(Trap):
     rows = ("16",)
     fix = "mx.var(x, axis, ddof=1), mx.std(x, axis, ddof=1)"
     error = 0.17
-    draw = staticmethod(_features)
+    shapes = _FEATURES
 
     @staticmethod
     def reference(x: T) -> T:

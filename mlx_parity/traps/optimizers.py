@@ -9,12 +9,10 @@ import mlx.optimizers as optim
 import numpy as np
 import torch
 
-from mlx_parity.traps.trap import A, Rng, T, Trap
+from mlx_parity.traps.trap import A, Rng, T, Trap, arrays
 
-
-def _weights_and_gradients(rng: Rng) -> dict[str, np.ndarray]:
-    """A weight and the gradients of six steps."""
-    return {"w": rng.standard_normal((3, 4)), "grads": rng.standard_normal((6, 3, 4))}
+_WEIGHTS_AND_GRADIENTS = arrays(w=(3, 4), grads=(6, 3, 4))
+"""A weight and the gradients of six steps."""
 
 
 def _in_torch(optimizer: type[torch.optim.Optimizer], w: T, grads: T, **options: Any) -> T:
@@ -47,7 +45,7 @@ class AdamBiasCorrection(Trap):
     rows = ("1",)
     fix = "optim.Adam(lr, bias_correction=True), and the same for optim.AdamW"
     error = 3.6
-    draw = staticmethod(_weights_and_gradients)
+    shapes = _WEIGHTS_AND_GRADIENTS
 
     @staticmethod
     def reference(w: T, grads: T) -> T:
@@ -117,7 +115,7 @@ class AdamaxBiasCorrection(Trap):
     rows = ("2",)
     fix = "subclass optim.Adamax and divide the learning rate by 1 - b1**step"
     error = 0.79
-    draw = staticmethod(_weights_and_gradients)
+    shapes = _WEIGHTS_AND_GRADIENTS
 
     @staticmethod
     def reference(w: T, grads: T) -> T:
@@ -149,7 +147,7 @@ class SgdDampening(Trap):
     rows = ("3",)
     fix = "start the momentum with the first gradient: state['v'] = gradient at step 1"
     error = 0.48
-    draw = staticmethod(_weights_and_gradients)
+    shapes = _WEIGHTS_AND_GRADIENTS
 
     @staticmethod
     def reference(w: T, grads: T) -> T:
@@ -213,7 +211,7 @@ class OptimizerSettings(Trap):
     title = "The optimizer's settings differ"
     fix = "copy the settings from optimizer.param_groups of the original"
     error = 0.002
-    draw = staticmethod(_weights_and_gradients)
+    shapes = _WEIGHTS_AND_GRADIENTS
 
     @staticmethod
     def reference(w: T, grads: T) -> T:
@@ -240,7 +238,7 @@ class WeightDecayCoupled(Trap):
     rows = ("4",)
     fix = "add the decay to the gradients yourself: g + weight_decay * p, then optim.Adam"
     error = 0.072
-    draw = staticmethod(_weights_and_gradients)
+    shapes = _WEIGHTS_AND_GRADIENTS
 
     @staticmethod
     def reference(w: T, grads: T) -> T:
@@ -304,10 +302,7 @@ class UnusedParameters(Trap):
     rows = ("6",)
     fix = "freeze what the loss does not use: model.head.freeze(), or leave it out of the gradients"
     error = 0.001
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {"used": rng.standard_normal(4), "unused": rng.standard_normal(4)}
+    shapes = arrays(used=(4,), unused=(4,))
 
     @staticmethod
     def reference(used: T, unused: T) -> dict[str, T]:
@@ -348,15 +343,7 @@ class NullDirection(Trap):
     rows = ("20",)
     fix = "leave the bias out: nn.Conv2d(..., bias=False) before a normalisation, on both sides"
     error = 4.2e12
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        return {
-            "x": rng.standard_normal((8, 4)),
-            "w": rng.standard_normal((3, 4)),
-            "b": rng.standard_normal(3),
-            "target": rng.standard_normal((8, 3)),
-        }
+    shapes = arrays(x=(8, 4), w=(3, 4), b=(3,), target=(8, 3))
 
     @staticmethod
     def reference(x: T, w: T, b: T, target: T) -> dict[str, T]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +31,11 @@ Shows = Literal["equal", "different", "noise", "not finite", "raises"]
 
 CATALOGUE: dict[str, type[Trap]] = {}
 """Every trap by its id, in the order of the pages."""
+
+
+def arrays(**shapes: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of an example's arrays, by name."""
+    return shapes
 
 
 class Trap:
@@ -62,9 +67,17 @@ class Trap:
     exact: ClassVar[bool] = False
     """Whether the point itself matters (a tie, a kink), so that no nearby ones are drawn."""
 
+    shapes: ClassVar[Mapping[str, tuple[int, ...]]] = {"x": (3, 4)}
+    """Of the arrays that ``draw`` makes."""
+
     reference: ClassVar[Callable[..., Any]]
     naive: ClassVar[Callable[..., Any]]
     fixed: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def draw(cls, rng: Rng) -> dict[str, np.ndarray]:
+        """The example's arrays, in PyTorch's layout: normal numbers, unless overridden."""
+        return {name: rng.standard_normal(shape) for name, shape in cls.shapes.items()}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -72,11 +85,6 @@ class Trap:
         if cls.id in CATALOGUE:
             raise ValueError(f"two traps are called {cls.id!r}")
         CATALOGUE[cls.id] = cls
-
-    @staticmethod
-    def draw(rng: Rng) -> dict[str, np.ndarray]:
-        """The example's arrays, in PyTorch's layout."""
-        return {"x": rng.standard_normal((3, 4))}
 
     @classmethod
     def why(cls) -> str:
