@@ -1,0 +1,99 @@
+"""Where a climb went wrong, module by module, and the known cause if there is one.
+
+The verdict stands without either: what goes wrong here is a note in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from mlx_parity import diagnose
+from mlx_parity.equality import Finding
+from mlx_parity.ladder import Climb
+from mlx_parity.localise import localise
+from mlx_parity.pairing import Map, Pairs, port_modules
+from mlx_parity.report import Report
+from mlx_parity.subject import Subject
+
+LOCATED = ("structure", "forward", "loss", "gradients")
+"""Rungs whose failure shows in a module's inputs, outputs and gradients."""
+
+
+def locate(
+    climb: Climb, plans: Mapping[str, Pairs], loss: str | None, report: Report, failed: str
+) -> None:
+    """Read every pair of modules, by the name of the module in the climb's system."""
+    rebased = {m: _rebased(climb, m, found) for m, found in plans.items()}
+    buffers = tuple(f"forward {m}." for m in climb.port.system.modules)
+    also: list[Finding] = [
+        f
+        for rung in report.rungs
+        for f in rung.findings
+        if not f.ok and f.tensor.startswith(buffers)
+    ]
+    try:
+        located = localise(climb, rebased, loss, bool(failed), also)
+    except Exception as error:  # the verdict stands without the picture
+        report.notes.append(f"the modules could not be read: {type(error).__name__}: {error}")
+        return
+    report.readings = located.readings
+    report.guilty = located.guilty
+    report.notes += located.notes
+
+
+def _rebased(climb: Climb, m: str, found: Pairs) -> Pairs:
+    """The same pairs of the climb's own copies."""
+    theirs = climb.usual.system.modules[m]
+    ours = port_modules(climb.port.system.modules[m])
+    return Pairs(
+        (
+            replace(p, reference=theirs.get_submodule(p.reference_path), port=ours[p.port_path])
+            for p in found
+        ),
+        found.unpaired,
+    )
+
+
+def explain(climb: Climb, map: Map | None, report: Report, failed: str) -> None:
+    """Known causes, by the catalogue of traps; both sides hold the point where they were read."""
+    try:
+        climb.usual.load(climb.point)
+        climb.port.load(climb.point)
+        optimizers = climb.usual.system.optimizers
+        if failed in ("optimizer step", "trajectory") and optimizers:
+            found = [
+                d
+                for m, theirs in optimizers.items()
+                for d in diagnose.lint(
+                    climb.usual.system.modules[m],
+                    climb.port.system.modules[m],
+                    [(theirs, climb.port.system.optimizers[m])],
+                    map,
+                )
+            ]
+            report.diagnoses = [d for d in found if "ptimizer" in str(d)] or found
+            return
+        suspects: list[Any] = [*report.guilty] or [r.pair for r in report.readings]
+        report.diagnoses = list(diagnose.diagnose(suspects))
+    except Exception as error:  # an explanation is welcome; the verdict stands without it
+        report.notes.append(f"no diagnosis: {type(error).__name__}: {error}")
+
+
+def explain_what_is_no_module(subject: Subject, report: Report) -> None:
+    """Known causes where no module is to blame: functions, and compiled steps."""
+    failed = report.failed
+    if failed is None:
+        return
+    with suppress(Exception):
+        if failed.name == "compiled":
+            report.diagnoses = diagnose.of_compiled(failed)
+        elif not subject.modular and not subject.arguments.constants:
+            report.diagnoses = diagnose.diagnose_functions(
+                lambda **inputs: subject.run_reference(subject.prototype, inputs),
+                lambda **inputs: subject.run_port(subject.port, inputs),
+                kwargs=subject.arguments.arrays,
+                backward=failed.name == "gradients",
+            )

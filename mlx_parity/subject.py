@@ -1,0 +1,260 @@
+"""The two models of one check, made comparable: copies in one mode, without dropout, the weights
+carried over, and each called as the user's arguments say.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn as tnn
+
+from mlx_parity import arguments
+from mlx_parity._backend import require_mlx
+from mlx_parity.carry import flat, reference_tensors
+from mlx_parity.errors import CarryError, ParityError, SideError
+from mlx_parity.localise import pairs
+from mlx_parity.pairing import Map, Pairs, port_modules
+from mlx_parity.report import Report
+from mlx_parity.structure import copy_port
+from mlx_parity.weights import FoundPlan, Sanitize, find_plan
+
+require_mlx()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as mnn  # noqa: E402
+
+MODEL = "model"
+"""The name of the checked module in its system."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user said: the arguments of :func:`mlx_parity.check` that say what is compared."""
+
+    reference: Any
+    port: Any
+    inputs: Any
+    kwargs: Mapping[str, Any]
+    loss: Any
+    targets: Any
+    optimizer: tuple[Any, Any] | None
+    map: Map | None
+    carry: bool | Mapping[str, Any]
+    sanitize: Sanitize | None
+    call_reference: Callable[..., Any] | None
+    call_port: Callable[..., Any] | None
+    images: Sequence[str] | None
+    training: bool | None
+    weights: str
+    seed: int
+    title: str
+
+
+class Subject:
+    """Both sides of a check. What had to be assumed is noted in the report."""
+
+    def __init__(self, asked: Asked, report: Report):
+        _refuse_what_is_no_pair(asked.reference, asked.port)
+        self.asked, self.report = asked, report
+        names = arguments.positional(asked.reference)
+        if asked.call_reference is not None:
+            names = arguments.positional(asked.call_reference)[1:]
+        rng = np.random.default_rng(asked.seed)
+        self.arguments = arguments.read(asked.inputs, asked.kwargs, asked.targets, names, rng)
+        self.modular = isinstance(asked.reference, tnn.Module) and isinstance(
+            asked.port, mnn.Module
+        )
+        self.training: bool = (
+            getattr(asked.reference, "training", False)
+            if asked.training is None
+            else asked.training
+        )
+        self.prototype = self._prototype()
+        self.port = asked.port
+        if isinstance(asked.port, mnn.Module):
+            self.original_mode = asked.port.training
+            modules = port_modules(asked.port)
+            self.apart = [p for p, m in modules.items() if m.training != self.original_mode]
+            self.port = copy_port(asked.port)
+            if asked.port.training != self.training:
+                mode = "training" if self.training else "evaluation"
+                report.notes.append(f"the port was put into {mode} mode, as the reference is")
+        self._set_mode()
+        self.plan = self._plan() if self.modular else None
+
+    # ------------------------------------------------------------------------- the reference
+
+    def _prototype(self) -> Any:
+        """The reference to make copies of, with everything trainable if nothing is."""
+        reference = self.asked.reference
+        if not isinstance(reference, tnn.Module):
+            return reference
+        try:
+            made = copy.deepcopy(reference)
+        except Exception as error:
+            raise SideError("reference", "when it is copied", error) from error
+        self._train(made)
+        for name, tensor in reference_tensors(made).items():
+            if torch.isnan(tensor).any():
+                raise ParityError(
+                    f"the reference itself holds NaN in {name}: check how its weights were made "
+                    "or loaded"
+                )
+        parameters = list(made.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            for p in parameters:
+                p.requires_grad_(p.is_floating_point())
+            self.report.notes.append(
+                "every parameter of the reference is frozen; gradients are compared all the same"
+            )
+        for p in parameters:
+            p.grad = None
+        return made
+
+    def instance(self) -> Any:
+        """A copy of the reference in float32: a call may change what the next one gives."""
+        if not isinstance(self.prototype, tnn.Module):
+            return self.prototype
+        return copy.deepcopy(self.prototype).float()
+
+    # ------------------------------------------------------------------------------ the mode
+
+    def switch(self, training: bool) -> None:
+        """Put both sides into training or evaluation."""
+        self.training = training
+        self._train(self.prototype)
+        self._set_mode()
+
+    def depends_on_mode(self) -> bool:
+        """Whether training and evaluation differ by more than dropout."""
+        norms = tnn.modules.batchnorm._NormBase
+        modules = self.prototype.modules()
+        return any(isinstance(m, norms) and m.track_running_stats for m in modules)
+
+    def _train(self, prototype: Any) -> None:
+        """The mode of the whole; parts that were given in another than the whole keep it."""
+        prototype.train(self.training)
+        for path, module in self.asked.reference.named_modules():
+            if module.training != self.asked.reference.training:
+                prototype.get_submodule(path).training = module.training
+
+    def _set_mode(self) -> None:
+        if isinstance(self.port, mnn.Module):
+            self.port.train(self.training)
+            modules = port_modules(self.port)
+            for path in self.apart:
+                modules[path].train(not self.original_mode)
+        if self.training:
+            self._silence()
+
+    def _silence(self) -> None:
+        """Dropout off on both sides: no two libraries draw the same masks."""
+        touched = False
+        if isinstance(self.prototype, tnn.Module):
+            for module in self.prototype.modules():
+                for key, value in vars(module).items():
+                    rate = "drop" in key or (key == "p" and "Dropout" in type(module).__name__)
+                    if rate and isinstance(value, float) and value > 0:
+                        setattr(module, key, 0.0)
+                        touched = True
+        if isinstance(self.port, mnn.Module):
+            for port_module in port_modules(self.port).values():
+                if "Dropout" in type(port_module).__name__ and hasattr(port_module, "_p_1"):
+                    touched = touched or port_module._p_1 != 1
+                    object.__setattr__(port_module, "_p_1", 1)
+                for key, value in list(vars(port_module).items()):
+                    if "drop" in key and isinstance(value, float) and value > 0:
+                        object.__setattr__(port_module, key, 0.0)
+                        touched = True
+        if touched:
+            self.report.notes.append(
+                "dropout is off on both sides, since no two libraries draw the same masks; to "
+                "compare it, pass the masks in"
+            )
+
+    # --------------------------------------------------------------------------- the weights
+
+    def _plan(self) -> FoundPlan:
+        """How the weights go over, or that they do not."""
+        asked = self.asked
+        if asked.carry is False:
+            paired = _pairs_or_none(self.prototype, self.port, asked.map)
+            every = frozenset(reference_tensors(self.prototype))
+            how = "not carried: each side keeps its own"
+            plan = FoundPlan(self.prototype, self.port, (), how, pairs=paired, ignored=every)
+        else:
+            options = dict(asked.carry) if isinstance(asked.carry, Mapping) else {}
+            plan = find_plan(
+                self.prototype, self.port, map=asked.map, sanitize=asked.sanitize, **options
+            )
+        halves = {
+            str(a.dtype).rpartition(".")[2]
+            for a in flat(self.port.parameters()).values()
+            if a.dtype in (mx.float16, mx.bfloat16)
+        }
+        if halves and plan.links:
+            self.report.notes.append(
+                f"the port holds {', '.join(sorted(halves))}; it was compared in float32, in which "
+                "its formulas show"
+            )
+        self.report.carried = plan.how
+        self.report.notes += plan.notes
+        self.report.unpaired = plan.pairs.unpaired
+        return plan
+
+    def carry(self) -> None:
+        """The prototype's weights into the port."""
+        if self.plan is not None and self.plan.links:
+            self.plan.carry()
+
+    # -------------------------------------------------------------------- calling both sides
+
+    def run_reference(self, module: Any, inputs: Mapping[str, Any]) -> Any:
+        """The reference's output; ``inputs`` are tensors by name."""
+        floats = [a.dtype for a in inputs.values() if a.is_floating_point()]
+        floats += [p.dtype for p in getattr(module, "parameters", tuple)() if p.is_floating_point()]
+        dtype = floats[0] if floats else torch.float32
+        arrays = self.arguments.model(inputs)
+        arrays |= {n: torch.tensor(a, dtype=dtype) for n, a in self.arguments.constants.items()}
+        args, kwargs = self.arguments.filled(arrays)
+        if self.asked.call_reference is not None:
+            return self.asked.call_reference(module, *args, **kwargs)
+        return module(*args, **kwargs)
+
+    def run_port(self, module: Any, inputs: Mapping[str, Any]) -> Any:
+        """The port's output; ``inputs`` are arrays by name, in the port's layout."""
+        arrays = self.arguments.model(inputs)
+        arrays |= {n: mx.array(a) for n, a in self.arguments.constants.items()}
+        args, kwargs = self.arguments.filled(arrays)
+        if self.asked.call_port is not None:
+            return self.asked.call_port(module, *args, **kwargs)
+        return module(*args, **kwargs)
+
+    def check_original(self) -> None:
+        """From now on the user's own port instead of a copy: ``call_port`` calls it by a name of
+        its own, whatever it is given. It is restored afterwards."""
+        self.port = self.asked.port
+        self._set_mode()
+        if self.plan is not None:
+            self.plan = replace(self.plan, port=self.port)
+        self.carry()
+
+
+def _refuse_what_is_no_pair(reference: Any, port: Any) -> None:
+    for side, model in (("reference", reference), ("port", port)):
+        if not callable(model):
+            raise ParityError(f"{side} is no model: it cannot be called")
+    if isinstance(reference, mnn.Module) or isinstance(port, tnn.Module):
+        raise ParityError("check(reference, port): PyTorch's model comes first, MLX's second")
+
+
+def _pairs_or_none(reference: tnn.Module, port: mnn.Module, map: Map | None) -> Pairs:
+    try:
+        return pairs(reference, port, map)
+    except CarryError:
+        return Pairs()

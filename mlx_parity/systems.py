@@ -1,0 +1,202 @@
+"""A check as a :class:`mlx_parity.Case`: both sides' systems, made from the user's two models."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import nn as tnn
+
+from mlx_parity._backend import require_mlx
+from mlx_parity.carry import channels_last, reference_tensors
+from mlx_parity.case import Case, Loss, System
+from mlx_parity.errors import ParityError
+from mlx_parity.structure import copy_port, leaves
+from mlx_parity.subject import MODEL, Subject
+from mlx_parity.trial import Agreement, say
+from mlx_parity.weights import FoundPlan
+
+require_mlx()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as mnn  # noqa: E402
+
+
+def case_of(subject: Subject, agreed: Agreement) -> Case:
+    """The case whose one shape is the user's inputs. Built in the subject's mode at that time.
+
+    Made once for a subject: its first system of the port holds the subject's own copy.
+    """
+    builders = _Builders(subject, agreed)
+    return Case(
+        name=subject.asked.title,
+        shapes=st.just({}),
+        build=lambda library, shape: getattr(builders, library)(),
+        reference="reference",
+        port="port",
+        inputs=lambda shape, rng: dict(subject.arguments.arrays),
+        images=agreed.images,
+        weights=lambda shape, rng: _weights(subject),
+        plan=lambda theirs, ours, **_: _plan(subject, theirs, ours),
+        compile_step=_compile_step if subject.asked.optimizer is not None else None,
+    )
+
+
+def _plan(subject: Subject, reference: tnn.Module, port: mnn.Module) -> FoundPlan:
+    assert subject.plan is not None
+    return replace(subject.plan, reference=reference, port=port)
+
+
+def _weights(subject: Subject) -> dict[str, np.ndarray]:
+    """The reference's own, but for what is alike throughout: it would hide its being unused.
+
+    The ladder draws the others.
+    """
+    if not subject.modular:
+        return {}
+    buffers = dict(subject.prototype.named_buffers())
+    own: dict[str, np.ndarray] = {}
+    for name, tensor in reference_tensors(subject.prototype).items():
+        array = tensor.detach().float().cpu().numpy()
+        ignored = subject.plan is not None and name in subject.plan.ignored
+        statistic = name.rpartition(".")[2] in ("running_mean", "running_var")
+        alike = array.size and (array == array.flat[0]).all()
+        redrawn = subject.asked.weights == "random" or alike
+        if ignored or not redrawn or (name in buffers and not statistic):
+            own[f"{MODEL}.{name}"] = array
+    return own
+
+
+class _Builders:
+    """A system for each side, of copies of the subject's models."""
+
+    def __init__(self, subject: Subject, agreed: Agreement):
+        self.subject, self.agreed = subject, agreed
+        self.losses = _two(subject.asked.loss)
+        self.of = (MODEL,) if subject.modular else ()
+        self.port_in_use = False
+
+    def _system(self, module: Any, forward: Any, loss: Any) -> System:
+        losses = {} if self.agreed.loss is None else {self.agreed.loss: Loss(loss, self.of)}
+        modules = {MODEL: module} if self.subject.modular else {}
+        return System(modules=modules, forward=forward, losses=losses)
+
+    def reference(self) -> System:
+        subject, agreed, compute = self.subject, self.agreed, self.losses[0]
+        module = subject.prototype
+        if isinstance(module, tnn.Module):
+            module = copy.deepcopy(module)
+        last: list[tuple[list[Any], Any]] = []
+
+        def run(inputs: dict[str, Any]) -> Any:
+            """Once for the outputs and for the loss of the same inputs: a forward pass is dear."""
+            given = list(subject.arguments.model(inputs).values())
+            if last and given and all(a is b for a, b in zip(last[0][0], given, strict=True)):
+                return last.pop()[1]
+            last[:] = [(given, subject.run_reference(module, inputs))]
+            return last[0][1]
+
+        def forward(**inputs: Any) -> dict[str, Any]:
+            output = leaves(run(inputs))
+            return {say(a): output[a] for a in agreed.cotangents}
+
+        def loss(**inputs: Any) -> Any:
+            output = run(inputs)
+            if compute is not None:
+                return compute(output, *subject.arguments.loss(inputs))
+            found = leaves(output)
+            return sum(
+                (found[a] * torch.from_numpy(c).to(found[a].dtype)).sum()
+                for a, c in agreed.cotangents.items()
+            )
+
+        system = self._system(module, forward, loss)
+        if subject.asked.optimizer is None or not subject.modular:
+            return system
+
+        def step(module: Any, optimizer: Any, *arrays: Any) -> list[Any]:
+            optimizer.zero_grad()
+            value = loss(**dict(zip(subject.arguments.arrays, arrays, strict=True)))
+            value.backward()
+            optimizer.step()
+            return [value.detach()]
+
+        made = _torch_optimizer(subject.asked.optimizer[0], module)
+        return replace(system, optimizers={MODEL: made}, step=step)
+
+    def port(self) -> System:
+        subject, agreed, compute = self.subject, self.agreed, self.losses[1]
+        module = subject.port
+        if self.port_in_use and isinstance(module, mnn.Module):
+            module = copy_port(module)  # weights are reloaded into another object
+        self.port_in_use = True
+
+        def forward(**inputs: Any) -> dict[str, Any]:
+            output = leaves(subject.run_port(module, inputs))
+            return {
+                say(a): output[b]
+                for b, a in agreed.outputs.items()
+                if a in agreed.cotangents and b in output
+            }
+
+        def loss(**inputs: Any) -> Any:
+            output = subject.run_port(module, inputs)
+            if compute is not None:
+                return compute(output, *subject.arguments.loss(inputs))
+            found = leaves(output)
+            total = mx.array(0.0)
+            for b, a in agreed.outputs.items():
+                if a in agreed.cotangents:
+                    c = agreed.cotangents[a]
+                    c = channels_last(c) if say(a) in agreed.images else c
+                    total = total + (found[b] * mx.array(c)).sum()
+            return total
+
+        system = self._system(module, forward, loss)
+        if subject.asked.optimizer is None or not subject.modular:
+            return system
+
+        def step(module: Any, optimizer: Any, *arrays: Any) -> list[Any]:
+            inputs = dict(zip(subject.arguments.arrays, arrays, strict=True))
+            value, grads = mnn.value_and_grad(module, lambda: loss(**inputs))()
+            optimizer.update(module, grads)
+            return [value]
+
+        given = subject.asked.optimizer[1]
+        made = copy.deepcopy(given) if hasattr(given, "apply_single") else given()
+        return replace(system, optimizers={MODEL: made}, step=step)
+
+
+def _two(loss: Any) -> tuple[Any, Any]:
+    if isinstance(loss, tuple | list):
+        if len(loss) != 2:
+            raise ParityError("loss is one function for both sides, or a pair of them")
+        return loss[0], loss[1]
+    return loss, loss
+
+
+def _torch_optimizer(given: Any, module: tnn.Module) -> torch.optim.Optimizer:
+    """An optimizer over the copy's parameters: made by the user's function, or like the user's."""
+    if not isinstance(given, torch.optim.Optimizer):
+        return given(list(module.parameters()))
+    settings = {
+        k: v for k, v in given.defaults.items() if k in inspect.signature(type(given)).parameters
+    }
+    settings |= {k: v for k, v in given.param_groups[0].items() if k in settings}
+    return type(given)(list(module.parameters()), **settings)
+
+
+def _compile_step(step: Callable[..., Any], *stateful: Any) -> Callable[..., Any]:
+    """The usual way to compile a training step in MLX, with all its state."""
+    state = [*(s.state for s in stateful), mx.random.state]
+
+    def take(*arrays: mx.array) -> Any:
+        return step(*stateful, *arrays)
+
+    return mx.compile(take, inputs=state, outputs=state)
