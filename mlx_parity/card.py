@@ -39,6 +39,7 @@ def rows(proofs: Iterable[Proof], **also: Any) -> list[dict[str, Any]]:
             "device": where,
             "visible": row.visible,
             "shape": dict(row.shape),
+            "drawn": proof.ranges(),
             "seed": row.seed,
             "decidable_steps": row.decidable_steps,
             "message": row.message,
@@ -63,7 +64,9 @@ def table(proofs: Iterable[Proof]) -> Table:
         title=f"Parity card: MLX on {device()} against PyTorch float64 on CPU",
         caption=(
             "Each cell: the worst bias over all shapes, as a share of the bound (1 is the limit; "
-            "= is equal bit for bit). Noise: the port's rounding over PyTorch's, median."
+            "= is equal bit for bit). Noise: the port's rounding over PyTorch's, median. Empty: "
+            "there is nothing of the kind. A loss has no output beside itself and no weights, a "
+            "network alone trains in its system's row, and samplers do not train."
         ),
     )
     made.add_column("model or loss", no_wrap=True)
@@ -79,7 +82,7 @@ def table(proofs: Iterable[Proof]) -> Table:
 
 def _cells(proof: Proof) -> list[str | Text]:
     cells: list[str | Text] = [proof.case.name]
-    cells.append(str(min((row.examples for row in proof.rows.values()), default=0)))
+    cells.append(_shapes(proof))
     for rung in RUNGS:
         row = proof.rows.get(rung)
         cells.append("" if row is None else _cell(row))
@@ -87,6 +90,10 @@ def _cells(proof: Proof) -> list[str | Text]:
     cells.append(f"{worst.noise:.1f}" if worst else "")
     cells.append(describe(worst) if worst else "")
     return cells
+
+
+def _shapes(proof: Proof) -> str:
+    return str(min((row.examples for row in proof.rows.values()), default=0))
 
 
 def _cell(row: Row) -> Text:
@@ -114,10 +121,23 @@ def describe(row: Row) -> str:
     return f"{row.rung}: {', '.join(parts)}"
 
 
+def drawn(proofs: Iterable[Proof]) -> Table:
+    """A row per case: over which ranges its shapes were drawn."""
+    made = Table(title="What was drawn: least and greatest of each number")
+    made.add_column("model or loss", no_wrap=True)
+    made.add_column("shapes", justify="right")
+    made.add_column("ranges", overflow="fold")
+    for proof in proofs:
+        text = ", ".join(f"{name} {values}" for name, values in proof.ranges().items())
+        made.add_row(proof.case.name, _shapes(proof), text)
+    return made
+
+
 def show(proofs: Iterable[Proof], console: Console) -> None:
-    """Print the card and, below it, every failure with the lines that repeat it."""
+    """Print the card, what was drawn, and every failure with the lines that repeat it."""
     proofs = list(proofs)
     console.print(table(proofs))
+    console.print(drawn(proofs))
     for proof in proofs:
         for failure in proof.failures():
             console.print(failure, style="red", markup=False)

@@ -90,6 +90,8 @@ class Proof:
 
     case: Case
     rows: dict[str, Row] = field(default_factory=dict)
+    drawn: dict[str, set[Any]] = field(default_factory=dict)
+    """Every value that each part of the shape had."""
 
     @property
     def ok(self) -> bool:
@@ -99,6 +101,8 @@ class Proof:
         for rung in rungs:
             row = self.rows.setdefault(rung.name, Row(self.case.name, self.case.side, rung.name))
             row.add(rung, shape, seed)
+        for name, value in shape.items():
+            self.drawn.setdefault(name, set()).add(_hashable(value))
 
     def merge(self, other: Proof) -> None:
         """Take in a proof of the same case over other shapes."""
@@ -107,6 +111,16 @@ class Proof:
                 self.rows[name].merge(row)
             else:
                 self.rows[name] = row
+        for name, values in other.drawn.items():
+            self.drawn.setdefault(name, set()).update(values)
+
+    def ranges(self) -> dict[str, str]:
+        """What was drawn of each part of the shape: ``{"batch": "1-5", "image_size": "1-7 2-6"}``.
+
+        A number's least and greatest, of a list that of each place (or of all, where its length
+        varies), and every word.
+        """
+        return {name: _range(values) for name, values in self.drawn.items()}
 
     def failures(self) -> list[str]:
         """What failed, with the shape and the lines that repeat it."""
@@ -201,6 +215,35 @@ def prove(
             if not rung.ok:
                 break
     return proof
+
+
+def _hashable(value: Any) -> Any:
+    """A part of a shape, with lists and arrays as tuples."""
+    if isinstance(value, list | tuple | np.ndarray):
+        return tuple(_hashable(v) for v in value)
+    return value
+
+
+MANY_WORDS = 8
+"""More words than these are counted and not listed."""
+
+
+def _range(values: Iterable[Any]) -> str:
+    values = list(values)
+    if all(isinstance(v, tuple) for v in values):
+        if not any(values):
+            return "none"
+        lengths = {len(v) for v in values}
+        if len(lengths) == 1:
+            return " ".join(_range(column) for column in zip(*values, strict=True))
+        pooled = _range({item for v in values for item in v})
+        return f"{pooled} ({_range(lengths)} of them)"
+    if all(isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in values):
+        least, greatest = f"{min(values):.4g}", f"{max(values):.4g}"
+        return least if least == greatest else f"{least}-{greatest}"
+    if len(values) > MANY_WORDS:
+        return f"{len(values)} different"
+    return "|".join(sorted(str(v) for v in values))
 
 
 def _size(shape: Any) -> float:

@@ -44,7 +44,8 @@ def climb(name: str, examples: int, share: int, device: str, ticks: Any) -> tupl
     fixed = seed(case, share) if settings().derandomize else None
     proof = prove(case, examples, seed=fixed, progress=lambda: ticks.put(name))
     taken = sum(os.times()[:4]) - start
-    return Proof(case=_Named(case.name, case.side), rows=proof.rows), taken  # type: ignore[arg-type]
+    named: Any = _Named(case.name, case.side)
+    return Proof(named, proof.rows, proof.drawn), taken
 
 
 class _Named:
