@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import capture, contenders, history, machine, summary
+from benchmarks.effort import Budget, effort
 from benchmarks.summary import Rounds
 from benchmarks.systems import Subject
 from mlx_impl.data import load_images
@@ -20,13 +21,16 @@ from mlx_parity.blas import use_openblas
 REPORTS = Path("reports")
 BUSY = 0.1  # cores' worth of other processes beyond which the report warns
 _rounds = pytest.StashKey[dict[str, Rounds]]()
+_budget = pytest.StashKey[Budget]()
 _peak = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("throughput")
     group.addoption("--data", default="digits", help="digits, mnist, or the path of an IDX file")
-    group.addoption("--quick", action="store_true", help="fewer rounds, a smaller parity gate")
+    group.addoption(
+        "--quick", action="store_true", help="in a minute: the cheaper systems, less of all"
+    )
     group.addoption("--batch-size", type=_positive, help="images in a step (64, fewer on a CPU)")
     group.addoption(
         "--metal-capture",
@@ -50,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     machine.allow_torch_what_mlx_may()
     config.stash[_complaints] = [str(w.message) for w in caught]
     config.stash[_rounds] = {}
+    config.stash[_budget] = Budget(effort(config))
     option = config.option
     if option.benchmark_enable:
         try:
@@ -84,9 +89,18 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info |= machine.identity(config.stash[_blas])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """True, which pytest takes for "done": the block of a system that has had its time."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "block" not in params:
+        return None
+    return item.config.stash[_budget].is_over(params["subject"].name, params["block"]) or None
+
+
 @pytest.fixture(scope="session")
-def quick(request: pytest.FixtureRequest) -> bool:
-    return request.config.getoption("--quick")
+def budget(request: pytest.FixtureRequest) -> Budget:
+    return request.config.stash[_budget]
 
 
 @pytest.fixture

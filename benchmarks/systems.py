@@ -3,12 +3,10 @@
 import functools
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing import get_context
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -32,6 +30,11 @@ CPU_FLOPS = 20e9
 """A CPU gets batches that take no more than this in a step, a fraction of a second."""
 
 LARGEST_BATCH = 64
+
+MOST_CLIMBERS = 8
+"""Parity gates at a time: each holds PyTorch and MLX, and on a GPU a share of its memory."""
+
+_COST = {case.name: case.cost for case in CASES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,13 +102,18 @@ def to_torch(case: Case, arrays: Arrays, device: str) -> list[torch.Tensor]:
 
 
 @functools.cache
-def flops(subject: Subject, batch_size: int) -> int:
+def count_flops(subject: Subject, batch_size: int) -> int:
     """Floating-point operations of the products and convolutions, counted on PyTorch's side."""
     system = subject.build("torch", batch_size)
     inputs = to_torch(subject.case, subject.draw(batch_size, 0), "cpu")
     with FlopCounterMode(display=False) as counter:
         run_torch(subject, system)(*inputs)
     return int(counter.get_total_flops())
+
+
+def flops(subject: Subject, batch_size: int) -> int:
+    """:func:`count_flops` from one image: each product has the batch as a factor."""
+    return batch_size * count_flops(subject, 1)
 
 
 def run_torch(subject: Subject, system: System) -> Callable[..., Any]:
@@ -123,52 +131,68 @@ def run_torch(subject: Subject, system: System) -> Callable[..., Any]:
     return sample
 
 
-def batch_size(subject: Subject, asked: int | None, on_cpu: bool) -> int:
-    """``asked``, or 64, halved on a CPU until a step is no more work than :data:`CPU_FLOPS`."""
+def batch_size(
+    subject: Subject, asked: int | None, on_cpu: bool, cpu_flops: float = CPU_FLOPS
+) -> int:
+    """``asked``, or 64, halved on a CPU until a step is no more than ``cpu_flops`` operations."""
     if asked is not None or not on_cpu:
         return asked or LARGEST_BATCH
-    fits = CPU_FLOPS / max(1, flops(subject, 1))
+    fits = cpu_flops / max(1, flops(subject, 1))
     return max(1, min(LARGEST_BATCH, 2 ** int(math.log2(max(1, fits)))))
 
 
 def parity_gates(names: Iterable[str], examples: int) -> dict[str, str]:
-    """By case why it must not be timed, or "" where its port is proven. Before anything is timed,
-    and as many at a time as leave each two processors."""
-    unique = list(dict.fromkeys(names))
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        return dict(zip(unique, pool.map(lambda n: parity_gate(n, examples), unique), strict=True))
+    """By case why it must not be timed, or "" where its port is proven. Before anything is timed.
 
-
-def parity_gate(name: str, examples: int) -> str:
-    """Why the case of this name must not be timed, or "" where its port is proven.
-
-    Climbs the ladder at ``examples`` drawn shapes in a process of its own: there TF32 is off and
-    the BLAS has one thread, which MLX and OpenBLAS read only once.
+    Climbs the ladder at ``examples`` drawn shapes (fewer of a dear case) in processes beside each
+    other. In them TF32 is off and the BLAS has one thread, which MLX and OpenBLAS read only once.
     """
+    unique = sorted(dict.fromkeys(names), key=lambda n: _COST.get(n, 0), reverse=True)
     environment = {
         "MLX_ENABLE_TF32": "0",
         "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
+        "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    result = subprocess.run(
-        [sys.executable, "-m", __name__, name, str(examples)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        cwd=Path(__file__).parents[1],
-        check=False,
-    )
-    return "" if result.returncode == 0 else (result.stdout + result.stderr).strip()
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ |= environment
+    try:
+        with ProcessPoolExecutor(
+            max(1, min(len(unique), processors(), MOST_CLIMBERS)), get_context("spawn")
+        ) as pool:
+            found = {name: pool.submit(parity_gate, name, examples) for name in unique}
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return {name: _outcome(future) for name, future in found.items()}
 
 
-def _climb(name: str, examples: int) -> None:
-    """The gate's process. Raises :class:`mlx_parity.NotProven`."""
-    from mlx_parity import prove
+def processors() -> int:
+    """Those that this process may run on; not every system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _outcome(gate: Future[str]) -> str:
+    """A climb that raised, or whose process died, has proven nothing."""
+    try:
+        return gate.result()
+    except Exception as error:
+        return f"its climb ended with {type(error).__name__}: {error}"
+
+
+def parity_gate(name: str, examples: int) -> str:
+    """Why the case of this name must not be timed, or "" where its port is proven."""
+    from mlx_parity import NotProven, prove
 
     use_openblas()
     (case,) = (case for case in CASES if case.name == name)
-    prove(case, max(1, examples // case.cost)).assert_ok()
-
-
-if __name__ == "__main__":
-    _climb(sys.argv[1], int(sys.argv[2]))
+    try:
+        prove(case, max(1, examples // case.cost)).assert_ok()
+    except NotProven as error:
+        return str(error)
+    return ""

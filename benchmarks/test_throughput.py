@@ -19,11 +19,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import capture, contenders, machine, systems
 from benchmarks.contenders import ARMS, SAME_AS, Contender
+from benchmarks.effort import Budget, effort
 from benchmarks.systems import Subject
 
 BATCHES = 4
-PAIRS = 10
-QUICK_PAIRS = 6
 SAMPLE_SECONDS = 0.1
 """Steps are timed together until they take about this long."""
 LONGEST_ROUND = 20
@@ -34,12 +33,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option = metafunc.config.getoption
     arms = [arm for arm in ARMS if arm != "torch-compile" or option("--torch-compile")]
-    blocks = range(QUICK_PAIRS if option("--quick") else PAIRS)
+    how = effort(metafunc.config)
+    subjects = [subject for subject in systems.SUBJECTS if subject.case.cost <= how.dearest]
     metafunc.parametrize(
         ("subject", "block", "arm"),
         [
             pytest.param(subject, block, arm, id=f"{subject.name}-{arm}-{block}".replace(" ", "-"))
-            for subject, block in product(systems.SUBJECTS, blocks)
+            for subject, block in product(subjects, range(how.pairs))
             for arm in (arms if block % 2 == 0 else arms[::-1])
         ],
     )
@@ -48,8 +48,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 class Ring:
     """The contenders of one subject, entered as they are asked for, left when another comes."""
 
-    def __init__(self, data: str, batch_size: int | None):
-        self.data, self.asked = data, batch_size
+    def __init__(self, data: str, batch_size: int | None, cpu_flops: float):
+        self.data, self.asked, self.cpu_flops = data, batch_size, cpu_flops
         self.subject: Subject | None = None
 
     def get(self, subject: Subject, arm: str) -> Contender:
@@ -57,7 +57,7 @@ class Ring:
             self.leave()
             self.subject = subject
             on_cpu = machine.torch_device() == "cpu"
-            self.batch_size = systems.batch_size(subject, self.asked, on_cpu)
+            self.batch_size = systems.batch_size(subject, self.asked, on_cpu, self.cpu_flops)
             seeds = range(BATCHES)
             self.batches = [subject.draw(self.batch_size, seed, self.data) for seed in seeds]
         if arm not in self.contenders:
@@ -77,8 +77,16 @@ class Ring:
     @property
     def steps(self) -> int:
         """In a round: the same for all arms, so that each begins as often."""
-        warm = self.contenders["mlx-compiled"].info["warm_ms"] / 1e3
-        return min(LONGEST_ROUND, max(1, math.ceil(SAMPLE_SECONDS / warm)))
+        return min(LONGEST_ROUND, max(1, math.ceil(SAMPLE_SECONDS / self._warm)))
+
+    @property
+    def repeats(self) -> int:
+        """Of a round in a block. What is short is disturbed more, and cheap to do again."""
+        return 2 if self._warm < SAMPLE_SECONDS else 1
+
+    @property
+    def _warm(self) -> float:
+        return self.contenders["mlx-compiled"].info["warm_ms"] / 1e3
 
 
 @pytest.mark.parametrize("subject", systems.SUBJECTS, ids=lambda subject: subject.name)
@@ -89,17 +97,18 @@ def test_metal_capture(ring: Ring, subject: Subject, request: pytest.FixtureRequ
 
 @pytest.fixture(scope="session")
 def ring(request: pytest.FixtureRequest) -> Ring:
-    return Ring(request.config.getoption("--data"), request.config.getoption("--batch-size"))
+    option = request.config.getoption
+    return Ring(option("--data"), option("--batch-size"), effort(request.config).cpu_flops)
 
 
 @pytest.fixture(scope="session")
-def gates(request: pytest.FixtureRequest, quick: bool) -> dict[str, str]:
+def gates(request: pytest.FixtureRequest) -> dict[str, str]:
     """Why a case must not be timed, "" where it may."""
     if not request.config.option.benchmark_enable:
         return {}
     timed = [item for item in request.session.items if isinstance(item, pytest.Function)]
     names = [item.callspec.params["subject"].case.name for item in timed]
-    return systems.parity_gates(names, 1 if quick else 5)
+    return systems.parity_gates(names, effort(request.config).examples)
 
 
 # torch.compile warns of its own use of what PyTorch deprecates
@@ -113,8 +122,8 @@ def test_throughput(
     subject: Subject,
     block: int,
     arm: str,
-    quick: bool,
     gates: dict[str, str],
+    budget: Budget,
 ) -> None:
     if benchmark.disabled:
         pytest.skip("a timing: ask for it with --benchmark-enable")
@@ -131,11 +140,12 @@ def test_throughput(
     steps = ring.steps
     benchmark.group = f"{subject.name}: {steps} steps"
     others, start = machine.others_cpu_seconds(), time.perf_counter()
-    benchmark.pedantic(contender.run, (steps,), setup=contender.restore, rounds=1 if quick else 2)
+    benchmark.pedantic(contender.run, (steps,), setup=contender.restore, rounds=ring.repeats)
+    taken = time.perf_counter() - start
+    budget.spend(subject.name, taken)
     info = dict(contender.info)
     if others is not None:
-        taken = (machine.others_cpu_seconds() or 0) - others
-        info["others_cpu"] = max(0.0, taken) / (time.perf_counter() - start)
+        info["others_cpu"] = max(0.0, (machine.others_cpu_seconds() or 0) - others) / taken
     # the better of a round's repeats: what disturbs a step only ever makes it longer
     seconds = float(np.min(benchmark.stats.stats.data)) / steps
     info |= {

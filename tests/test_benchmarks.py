@@ -1,6 +1,7 @@
 """The benchmark's own tests: what would make its figures lies is caught."""
 
 import math
+import os
 import time
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 
 from benchmarks import capture, contenders, machine, summary, systems
 from benchmarks.contenders import break_even
+from benchmarks.effort import Budget, Effort
 from benchmarks.statistics import CONFIDENCE, noise_floor, paired_ratio
 from benchmarks.summary import Rounds
 from mlx_parity.blas import Blas
@@ -115,15 +117,15 @@ def test_operations_are_counted_and_a_cpu_gets_batches_it_can_take():
     parameters = 579_728 + 566_273
     operations = systems.flops(SUBJECT, 1)
     assert 6 * parameters < operations < 12 * parameters  # forward, backward, two networks
-    assert systems.flops(SUBJECT, 4) == 4 * operations
+    assert systems.flops(SUBJECT, 4) == 4 * operations == systems.count_flops(SUBJECT, 4)
     assert systems.batch_size(SUBJECT, None, on_cpu=True) == systems.LARGEST_BATCH
     assert systems.batch_size(SUBJECT, 7, on_cpu=True) == 7
 
 
-def test_a_batch_that_does_not_fit_the_budget_is_halved(monkeypatch):
-    monkeypatch.setattr(systems, "CPU_FLOPS", 20 * systems.flops(SUBJECT, 1))
-    assert systems.batch_size(SUBJECT, None, on_cpu=True) == 16
-    assert systems.batch_size(SUBJECT, None, on_cpu=False) == systems.LARGEST_BATCH
+def test_a_batch_that_does_not_fit_the_budget_is_halved():
+    budget = 20 * systems.flops(SUBJECT, 1)
+    assert systems.batch_size(SUBJECT, None, on_cpu=True, cpu_flops=budget) == 16
+    assert systems.batch_size(SUBJECT, None, False, budget) == systems.LARGEST_BATCH
 
 
 def rounds_of(**seconds: list[float]) -> Rounds:
@@ -216,8 +218,32 @@ def test_an_interrupted_benchmark_is_not_saved_and_the_others_are():
     assert plugin.benchmarks == [done]
 
 
-def test_an_unknown_system_is_not_proven():
-    assert systems.parity_gate("999 GAN", 1)
+def die(name: str, examples: int) -> str:
+    os._exit(1)
+
+
+def test_a_climb_that_raises_or_dies_has_proven_nothing(monkeypatch):
+    assert "ValueError" in systems.parity_gates(["999 GAN"], 1)["999 GAN"]
+    monkeypatch.setattr(systems, "parity_gate", die)
+    assert "BrokenProcessPool" in systems.parity_gates(["001 GAN"], 1)["001 GAN"]
+
+
+def test_gates_leave_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    systems.parity_gates([], 1)
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "2"
+    assert "MLX_ENABLE_TF32" not in os.environ
+
+
+def test_a_system_that_had_its_time_begins_no_further_block_and_ends_the_one_begun():
+    budget = Budget(Effort(4, 2, seconds=1.0, examples=1, cpu_flops=1, dearest=1))
+    budget.spend("a", 5.0)
+    assert [budget.is_over("a", block) for block in range(4)] == [False, False, True, True]
+    assert not budget.is_over("b", 2)
+    budget.spend("b", 5.0)
+    assert not budget.is_over("b", 2)  # begun
+    assert budget.is_over("b", 3)
 
 
 # the statistics
