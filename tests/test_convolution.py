@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_impl import convolution, layers
 from mlx_impl.convolution import Geometry, Maps, cheapest, choose, conv2d, conv_transpose2d, route
 from tests.cases.convolution import geometries
-from tests.frameworks import run
+from tests.frameworks import assert_equal_but_for_rounding, assert_layers_alike, run
 
 LOWERED = ("patches", "taps")
 DOUBLE = 2.0**-53
@@ -87,7 +87,7 @@ def test_the_gradients_of_each_map_are_the_other_two(shape, seed, name):
 def test_conv2d_is_mlxs(name, groups):
     layer = layers.Conv2d(4, 6, 3, 2, (1, 0), 2, groups)
     plain = nn.Conv2d(4, 6, 3, 2, (1, 0), 2, groups)
-    held_alike(name, layer, plain, mx.random.normal((2, 9, 8, 4)))
+    held_alike(plain, layer, normal(2, 9, 8, 4), name)
 
 
 @pytest.mark.parametrize("name", convolution.ROUTES)
@@ -95,25 +95,17 @@ def test_conv2d_is_mlxs(name, groups):
 def test_conv_transpose2d_is_mlxs(name, bias):
     layer = layers.ConvTranspose2d(4, 6, (3, 4), 2, 1, 1, (1, 0), bias)
     plain = nn.ConvTranspose2d(4, 6, (3, 4), 2, 1, 1, (1, 0), bias)
-    held_alike(name, layer, plain, mx.random.normal((2, 3, 5, 4)))
+    held_alike(plain, layer, normal(2, 3, 5, 4), name)
 
 
-def held_alike(name, layer, plain, x):
-    """Same parameters, representation, result and gradients; the route is kept for gradients."""
+def held_alike(plain, layer, x, name):
+    """MLX has no convolution in float64; ours stands in, by a route held to be PyTorch's."""
     assert repr(layer).partition("(")[2] == repr(plain).partition("(")[2]
-    plain.update(layer.parameters())
+    assert_layers_alike(plain, layer, x, lambda: route(name), (layer, lambda: route("patches")))
 
-    def loss(module, x):
-        with route(name):
-            y = module(x)  # the gradients are taken outside
-        return (y**2).mean()
 
-    ours, theirs = (nn.value_and_grad(m, loss)(m, x) for m in (layer, plain))
-    assert mx.allclose(ours[0], theirs[0], rtol=1e-5)
-    for key, gradient in theirs[1].items():
-        assert mx.allclose(ours[1][key], gradient, atol=1e-6), key
-    dx = [mx.grad(lambda x, m=m: loss(m, x))(x) for m in (layer, plain)]
-    assert mx.allclose(*dx, atol=1e-6)
+def normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -278,15 +270,24 @@ def test_a_kernel_that_sees_one_column_of_the_image():
 @pytest.mark.parametrize(("kernel", "padding", "output_padding"), [(3, 0, 1), (1, 1, 0)])
 def test_where_mlx_is_wrong_the_adjoint_runs(monkeypatch, kernel, padding, output_padding):
     monkeypatch.setattr(convolution, "backend", lambda: "metal")
-    x, w = mx.random.normal((1, 3, 3, 2)), mx.random.normal((2, kernel, kernel, 2))
+    image, weight = normal(1, 3, 3, 2), normal(2, kernel, kernel, 2)
+
+    def theirs(point, dtype):
+        y = torch.tensor(point["x"].transpose(0, 3, 1, 2), dtype=dtype, requires_grad=True)
+        w = torch.tensor(weight.transpose(3, 0, 1, 2), dtype=dtype)
+        out = torch.nn.functional.conv_transpose2d(y, w, None, 2, padding, output_padding)
+        (out**2).sum().backward()
+        return {"dx": y.grad.double().numpy().transpose(0, 2, 3, 1)}
 
     def loss(x):
-        return (conv_transpose2d(x, w, 2, padding, 1, output_padding) ** 2).sum()
+        return (conv_transpose2d(x, mx.array(weight), 2, padding, 1, output_padding) ** 2).sum()
 
-    y = torch.tensor(np.array(x).transpose(0, 3, 1, 2), requires_grad=True)
-    kernels = torch.tensor(np.array(w).transpose(3, 0, 1, 2))
-    out = torch.nn.functional.conv_transpose2d(y, kernels, None, 2, padding, output_padding)
-    (out**2).sum().backward()
-    calls = []
-    assert {name for name, _ in taken(lambda x: calls.append(mx.grad(loss)(x)), x)} == {"adjoint"}
-    assert np.allclose(np.array(calls[0]).transpose(0, 3, 1, 2), y.grad.numpy(), atol=1e-4)
+    def ours(point):
+        calls = []
+        routes = taken(lambda x: calls.append(mx.grad(loss)(x)), mx.array(point["x"]))
+        assert {name for name, _ in routes} == {"adjoint"}
+        return {"dx": np.array(calls[0]).astype(np.float64)}
+
+    assert_equal_but_for_rounding(
+        lambda p: theirs(p, torch.float64), lambda p: theirs(p, torch.float32), ours, {"x": image}
+    )

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import mlx_impl.diffusion
 import reference.diffusion
 from mlx_impl.training import compile_step
-from tests.frameworks import EPS, MLX, TORCH, Side, compiles, each_side
+from tests.frameworks import EPS, MLX, TORCH, Side, assert_within, compiles, each_side
 
 EPS64 = 2.0**-52
 TARGETS = reference.diffusion.TARGETS
@@ -72,15 +72,6 @@ def draws(seed: int, steps: int, number: int = 3) -> list[np.ndarray]:
 def rows(table: np.ndarray) -> np.ndarray:
     """A table (T,) to multiply (T, 3, 2, 1) with."""
     return table[:, None, None, None]
-
-
-def assert_within(found: np.ndarray, expected: np.ndarray, bound: np.ndarray | float) -> None:
-    excess = np.abs(found - expected) - np.broadcast_to(bound, found.shape)
-    worst = np.unravel_index(int(np.argmax(excess)), excess.shape)
-    assert (excess <= 0).all(), (
-        f"{found[worst]} for {expected[worst]} at {[int(i) for i in worst]}: "
-        f"{excess[worst]:.2g} over its bound"
-    )
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -313,21 +304,28 @@ def test_the_loss_of_a_perfect_model_is_zero(side, target):
 
 @each_side
 def test_pinned_tables(side):
+    """To half a unit of the last digit printed; those that are cut off there, to a whole one."""
     s = side.diffusion.linear_schedule()
-    assert s.alphas_cumprod[-1] == pytest.approx(4.0358297e-5, rel=1e-7)
-    assert s.posterior_variance[[0, 487, 999]] == pytest.approx([0, 0.00979, 0.02], abs=1e-5)
-    assert s.posterior_variance[487] == pytest.approx(0.009791572, rel=1e-6)
+    assert 0 <= s.alphas_cumprod[-1] - 4.0358297e-5 < 1e-12
+    assert np.sqrt(s.alphas_cumprod[-1]) == pytest.approx(0.0063528, abs=5e-8)
+    assert s.posterior_variance[0] == 0
+    assert s.posterior_variance[487] == pytest.approx(0.00979, abs=5e-6)
+    assert s.posterior_variance[999] == pytest.approx(0.02, abs=5e-3)
+    assert s.posterior_variance[999] == pytest.approx(0.01999998, abs=5e-9)
     for pair, variance in (((420, 400), 0.14771), ((980, 960), 0.32460)):
-        assert s.respaced(pair).posterior_variance[1] == pytest.approx(variance, abs=1e-5)
+        assert 0 <= s.respaced(pair).posterior_variance[1] - variance < 1e-5
     c = side.diffusion.cosine_schedule()
-    assert c.alphas_cumprod[-1] == pytest.approx(2.4288e-9, rel=1e-4)
+    assert c.alphas_cumprod[-1] == pytest.approx(2.4288e-9, abs=5e-14)
     assert np.flatnonzero(c.betas == 0.999).tolist() == [999]
 
 
 @each_side
 @pytest.mark.parametrize(("target", "public"), [("epsilon", 258.9606), ("v", 202.0296)])
 def test_ddpm_loop_of_the_public_test(side, target, public):
-    """Σ|x| that the tests of huggingface/diffusers expect, to within 1e-2, of a dummy model."""
+    """Σ|x| that the tests of huggingface/diffusers expect of a dummy model.
+
+    To within 1e-2, as they do: their tables are made in float32, ours in float64.
+    """
     sample, noises, model = public_test(side)
     s = side.diffusion.linear_schedule()
     x = side.diffusion.ddpm_sample(model, s, sample, noises, target=target, clip_x0=True)
@@ -424,6 +422,7 @@ def test_ema_copies_what_is_not_trained():
 
 @compiles
 def test_ema_goes_through_a_compiled_step_and_a_file(tmp_path):
+    """That the compiled step is the uncompiled one, is held in test_cli.py."""
     d, rng = mlx_impl.diffusion, np.random.default_rng(0)
     s = d.linear_schedule(10)
     arrays = [
@@ -432,26 +431,19 @@ def test_ema_goes_through_a_compiled_step_and_a_file(tmp_path):
         mx.array(rng.standard_normal((2, 3, 4, 1)).astype(np.float32)),
     ]
     plain = d.Denoiser(1, 4, 6)
-    results = []
-    for compiled in (False, True):
-        model = copy.deepcopy(plain)
-        ema, optimizer = d.EMA(model, 0.5), d.make_optimizer(model)
-        step = partial(d.ema_train_step, schedule=s)
-        take_step = (
-            compile_step(step, model, ema, optimizer)
-            if compiled
-            else partial(step, model, ema, optimizer)
-        )
-        for _ in range(3):
-            mx.eval(take_step(*arrays), model.state, ema.state, optimizer.state)
-        results.append(take(ema.average.fc.weight))
-        ema.save_weights(str(tmp_path / "ema.safetensors"))
-        again = d.EMA(plain, 0.5)
-        again.load_weights(str(tmp_path / "ema.safetensors"))
-        assert mx.array_equal(again(*arrays[:2]), ema(*arrays[:2]))
-    moved = np.abs(results[0] - take(plain.fc.weight)).max()
-    assert moved > 1e-4  # of a learning rate of 2e-4
-    np.testing.assert_allclose(*results, rtol=0, atol=moved / 100)
+    model = copy.deepcopy(plain)
+    ema, optimizer = d.EMA(model, 0.5), d.make_optimizer(model)
+    take_step = compile_step(partial(d.ema_train_step, schedule=s), model, ema, optimizer)
+    for _ in range(3):
+        mx.eval(take_step(*arrays), model.state, ema.state, optimizer.state)
+    moved, model_moved = (
+        np.abs(take(m.fc.weight) - take(plain.fc.weight)).max() for m in (ema.average, model)
+    )
+    assert 0 < moved < model_moved  # it follows
+    ema.save_weights(str(tmp_path / "ema.safetensors"))
+    again = d.EMA(plain, 0.5)
+    again.load_weights(str(tmp_path / "ema.safetensors"))
+    assert mx.array_equal(again(*arrays[:2]), ema(*arrays[:2]))
 
 
 # Types

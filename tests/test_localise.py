@@ -206,4 +206,4 @@ def test_a_zero_tap_gives_pytorchs_gradient_at_every_output():
     report = check_resnet("")
     read = [r for r in report.readings if r.backward is not None]
     assert {"stem", "layer1.0.bn1", "layer1.1", "fc"} <= {r.pair.reference_path for r in read}
-    assert all(r.backward is not None and r.backward.relative_error < 1e-5 for r in read)
+    assert all(r.backward is not None and r.backward.ok for r in read)

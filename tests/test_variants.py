@@ -11,6 +11,7 @@ import torch
 
 from mlx_parity import check, compiles, probe
 from mlx_parity.variants import Variant, of_port
+from tests.frameworks import EPS
 
 pytestmark = pytest.mark.skipif(not compiles(), reason="mx.compile compiles nothing here")
 
@@ -64,7 +65,10 @@ def test_a_linear_layer_without_shapes_is_wrong_at_another_batch():
     larger = mx.concatenate([X, X[:1]])
     compiled = mx.compile(lambda x: linear(x), shapeless=True)
     mx.eval(compiled(X))
-    right = bool(mx.allclose(compiled(larger), linear(larger)))
+    # Three products and a bias: eight roundings at most between two orders of adding them up.
+    size = mx.abs(larger) @ mx.abs(linear.weight.T) + mx.abs(linear.bias)
+    off = mx.abs(compiled(larger) - linear(larger))
+    right = bool((off <= 8 * EPS * size).all())
     assert by_name(of_port(linear, linear, [X]))["shapeless"].ok is right
 
 
