@@ -22,6 +22,8 @@ class Example:
     port: Any
     inputs: Any
     options: dict[str, Any] = field(default_factory=dict)
+    make: Callable[[str], Any] | None = None
+    """The port with a mistake in it, by the mistake's name; ``""`` is the correct one."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Fault:
     """One thing wrong with a port.
 
     ``change`` takes a correct example to a wrong one. ``where`` is the reference's module that has
-    to be named, or the rung that has to fail where no module is to blame. ``why`` holds the ids of
-    the traps that say rightly what is wrong.
+    to be named, or the rung that has to fail where no module is to blame; several with ``|`` where
+    the two sides cut the code differently. ``why`` holds the ids of the traps that say rightly what
+    is wrong.
     """
 
     name: str
@@ -38,6 +41,10 @@ class Fault:
     why: tuple[str, ...]
     change: Callable[[Example], Example]
     subtle: bool = False
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(self.where.split("|"))
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,21 @@ def called(
         module.__class__ = type(kind.__name__, (kind,), {"__call__": forward})
 
     return fault(name, where, why, edit, subtle)
+
+
+def ported(reference: Any, make: Callable[[str], Any], inputs: Any, **options: Any) -> Example:
+    """A port whose own source holds its mistakes, each under a name."""
+    return Example(reference, make(""), inputs, options, make)
+
+
+def mistake(name: str, where: str, why: str, subtle: bool = False) -> Fault:
+    """A mistake that the port's source knows by ``name``."""
+
+    def change(example: Example) -> Example:
+        assert example.make is not None
+        return replace(example, port=example.make(name))
+
+    return Fault(name, where, tuple(why.split()), change, subtle)
 
 
 def option(name: str, where: str, why: str, subtle: bool = False, **options: Any) -> Fault:

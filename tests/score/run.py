@@ -90,8 +90,9 @@ def _judged(members: Family, fault: Fault, example: Example, seed: int) -> Row:
     rung = report.failed.name if report.failed else report.fault
     guilty = [g.pair.reference_path for g in report.guilty]
     ids = tuple(d.trap_id for d in report.diagnoses)
-    module = fault.where not in (*mlx_parity.RUNGS, "weights")
-    located = bool(guilty) and guilty[0] == fault.where if module else rung == fault.where
+    located = bool(guilty) and guilty[0] in fault.places
+    if fault.where in (*mlx_parity.RUNGS, "weights"):
+        located = rung == fault.where
     return Row(
         family=members.name,
         fault=fault.name,
