@@ -370,8 +370,23 @@ _ALIKE = {
 
 def words(path: str) -> list[str]:
     """The words and numbers of a path: ``encoder.layers.3.ln_1`` has six."""
+    return [_ALIKE.get(w, w) for w in _spelled(path)]
+
+
+def _spelled(path: str) -> list[str]:
     split = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", path)
-    return [_ALIKE.get(w.lower(), w.lower()) for w in split]
+    return [w.lower() for w in split]
+
+
+def _letters(path: str) -> frozenset[str]:
+    """The projections that a name speaks of: ``qkv``, ``wkv`` and ``kv_proj`` of several."""
+    found = [_ALIKE.get(w, w) for w in _spelled(path.rpartition(".")[2])]
+    return frozenset(
+        letter
+        for word in found
+        for letter in ((word,) if len(word) == 1 else re.sub(r"^(w|to)(?=[qkv]+$)", "", word))
+        if letter in "qkvo" and (len(word) == 1 or re.fullmatch(r"(w|to)?[qkv]+", word))
+    )
 
 
 class _Name:
@@ -382,6 +397,7 @@ class _Name:
         last = [w for w in words(".".join(layer.name.split(".")[-2:])) if not w.isdigit()]
         self.last = frozenset(last)
         self.end = words(layer.name.rpartition(".")[2])
+        self.spelled = _spelled(layer.name.rpartition(".")[2])
 
 
 def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
@@ -389,9 +405,17 @@ def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
 
 
 def _alike(a: _Name, b: _Name) -> float:
-    """0 to 5: how much two names have in common."""
+    """0 to 6: how much two names have in common."""
     score = 1.5 * _overlap(a.words, b.words) + 1.5 * _overlap(a.last, b.last)
-    return score + (a.end == b.end) + (a.numbers == b.numbers)
+    kin = sum(any(_kin(v, w) for w in b.spelled) for v in a.spelled)
+    shared = kin / max(len(a.spelled), len(b.spelled), 1)  # of two words for one, the same one
+    return score + (a.end == b.end) + (a.numbers == b.numbers) + shared
+
+
+def _kin(a: str, b: str) -> bool:
+    """Whether one word is the other, or short for it: ``res`` for ``residual``."""
+    few, many = sorted((a, b), key=len)
+    return few == many or (len(few) > 2 and many.startswith(few))
 
 
 def _plain(path: str, port: mnn.Module, modules: Mapping[str, mnn.Module]) -> str:
@@ -540,38 +564,40 @@ _PARTS = {"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}
 
 
 def _by_parts(fused: list[Layer], parts: list[Layer]) -> list[tuple[Layer, list[Layer]]]:
-    """A matrix of one side and the neighbours on the other that it is made of, row after row."""
-    found = []
-    used: set[int] = set()
+    """A matrix of one side and the neighbours on the other that it is made of, row after row.
+
+    Of all the ways the one whose names agree best comes first: ``wq`` of a port has as many rows as
+    the key's and the value's projections together, and is neither.
+    """
+    options: list[tuple[Any, Layer, list[Layer]]] = []
     for one in fused:
         weight = one.tensors.get("weight")
         if weight is None or len(weight.shape) != 2:
             continue
-        options = [
-            p
-            for p in parts
-            if id(p) not in used
-            and "weight" in p.tensors
-            and len(p.tensors["weight"].shape) == 2
-            and p.tensors["weight"].shape[1] == weight.shape[1]
-            and set(p.tensors) == set(one.tensors)
-        ]
         siblings: dict[str, list[Layer]] = defaultdict(list)
-        for p in options:
-            siblings[p.path if p.part else p.path.rpartition(".")[0]].append(p)
-        best = None
+        for p in parts:
+            if (
+                "weight" in p.tensors
+                and len(p.tensors["weight"].shape) == 2
+                and p.tensors["weight"].shape[1] == weight.shape[1]
+                and set(p.tensors) == set(one.tensors)
+            ):
+                siblings[p.path if p.part else p.path.rpartition(".")[0]].append(p)
+        name, letters = _Name(one), _letters(one.name)
         for group in siblings.values():
             for several in _windows(group, weight.shape[0]):
-                score = _overlap(_Name(one).words, _Name(several[0]).words)
-                same = [w for w in words(one.name) if w.isdigit()] == [
-                    w for w in words(several[0].name) if w.isdigit()
-                ]
-                rank = (same, score, -abs(one.order - several[0].order))
-                if best is None or rank > best[0]:
-                    best = (rank, several)
-        if best is not None:
-            found.append((one, best[1]))
-            used |= {id(p) for p in best[1]}
+                same = name.numbers == _Name(several[0]).numbers
+                spoken = frozenset().union(*(_letters(p.name) for p in several))
+                alike = _overlap(letters, spoken) if letters or spoken else 0.5
+                score = _overlap(name.words, _Name(several[0]).words)
+                rank = (same, alike, score, -abs(one.order - several[0].order))
+                options.append((rank, one, several))
+    found = []
+    used: set[int] = set()
+    for _, one, several in sorted(options, key=lambda o: o[0], reverse=True):
+        if not used & {id(p) for p in (one, *several)}:
+            found.append((one, several))
+            used |= {id(p) for p in (one, *several)}
     return found
 
 

@@ -224,6 +224,8 @@ def _one_to_one(
             lambda a: a.transpose(order).reshape(wanted),
             lambda g: g.reshape(made).transpose(back),
         )
+    if shape == wanted and _multiplied_from_the_right(layer, source, other, target):
+        return _permutation(layer, source, target, (1, 0))
     if shape == wanted:
         return _link(target.name, source, _rows(layer, source), lambda a: a, lambda g: g)
     if tuple(n for n in shape if n > 1) == tuple(n for n in wanted if n > 1):
@@ -243,6 +245,20 @@ def _one_to_one(
     if len(orders) == 1 or last in orders:
         return _permutation(layer, source, target, last if last in orders else orders[0])
     return _refuse(source, target)
+
+
+def _multiplied_from_the_right(layer: Layer, source: Source, other: Layer, target: Source) -> bool:
+    """Whether a square matrix stands for a linear layer's weight and is none: ``x @ projection``.
+
+    Of one that is not square the shape tells.
+    """
+    kinds = (layer.kind, other.kind)
+    lone = source.name if layer.kind == "parameter" else target.name
+    return (
+        len(source.shape) == 2
+        and set(kinds) == {"parameter", "linear"}
+        and "weight" not in lone.rpartition(".")[2]
+    )
 
 
 def _permutation(layer: Layer, source: Source, target: Source, axes: tuple[int, ...]) -> Link:
