@@ -147,14 +147,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name in ("content", "style"):
-        painting.add_argument(
-            name, metavar=name.upper(), help=f"an image file, or {' or '.join(PHOTOGRAPHS)}"
-        )
+        known = ", ".join((*PHOTOGRAPHS, *([GENERATED] if name == "content" else [])))
+        painting.add_argument(name, metavar=name.upper(), help=f"an image file, or {known}")
     painting.add_argument(
         "--weights",
         required=True,
         metavar="WEIGHTS",
-        help="a file of VGG's; vgg19 or vgg16 to let torchvision download them; or random",
+        help="a file of VGG's; vgg19 or vgg16 to let torchvision download them; random; or "
+        "document, the three convolutions of document 003",
     )
     painting.add_argument("--out", required=True, metavar="FILE.png", help="the picture")
     painting.add_argument("--overwrite", action="store_true", help="replace the files")
@@ -238,13 +238,17 @@ PAINTING = (
     Option("size", 512, "of the picture's longer side, at most"),
     Option("steps", 500, "at each size"),
     Option("levels", 1, "sizes, each twice the one before"),
+    Option("start", "content", "what is painted over", str, ("content", "noise")),
     Option("content_weight", 1.0, "of the content's features", float),
     Option("style_weight", 1e3, "of the style's Gram matrices", float),
     Option("variation_weight", 0.0, "of the differences between neighbouring pixels", float),
     Option("learning_rate", 0.02, "how far a step moves a pixel, of 1", float),
     Option("pooling", "avg", "of VGG; the paper found avg to look better", str, ("avg", "max")),
-    Option("seed", 0, "of random weights", _natural),
+    Option("seed", 0, "of random weights, of noise and of a generated content", _natural),
 )
+
+GENERATED = "generated"
+"""In place of a content: the picture that document 003's untrained generator makes."""
 
 
 def train_command(options: Settings, console: Console) -> int:
@@ -356,14 +360,18 @@ def _drawn(run: Run, number: int, seed: int, options: Settings) -> tuple[Images,
 
 
 def stylize_command(options: Settings, console: Console) -> int:
-    from mlx_impl.stylize import paint
+    from mlx_impl.stylize import generated_picture, paint
 
     out, overwrite = Path(options.pop("out")), options.pop("overwrite", False)
     losses = out.with_name(f"{out.stem}-losses.csv")
     _check_output(overwrite, out, losses, losses.with_suffix(".png"))
-    with refusing(ValueError, OSError, ImportError):
-        pictures = [load_picture(options.pop(name), 3) for name in ("content", "style")]
+    content, style = options.pop("content"), options.pop("style")
     given = {option.name: option.default for option in PAINTING} | options
+    with refusing(ValueError, OSError, ImportError):
+        pictures = [
+            generated_picture(given["seed"]) if content == GENERATED else load_picture(content, 3),
+            load_picture(style, 3),
+        ]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TextColumn("{task.fields[losses]}"))
     with Progress(

@@ -101,7 +101,7 @@ class FeatureExtractor(nn.Module):
     (B, H // 4, W // 4, widths[2]). Its weights are random: it shows the method, not a style.
     """
 
-    taps = ("relu1_1", "relu2_1", "relu3_1")
+    taps: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1")
 
     def __init__(self, widths: tuple[int, int, int] = (64, 128, 256), frozen: bool = True):
         super().__init__()

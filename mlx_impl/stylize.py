@@ -2,7 +2,8 @@
 
 Gatys, Ecker and Bethge 2016 use VGG-19 as trained on ImageNet; its weights are not part of this
 project. Random weights paint too, knowing less of what is in a picture: Ustyuzhaninov et al. 2016
-(arXiv 1606.00021) make textures with them.
+(arXiv 1606.00021) make textures with them. Document 003's own three convolutions are random as
+well, and so is the generator whose picture its last section takes for a content.
 """
 
 import math
@@ -10,15 +11,26 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.images import Pixels, cover, to_pixels
-from mlx_impl.style_transfer import GATYS, Losses, style_transfer
-from mlx_impl.vgg import BLOCKS, VGG, convolutions
+from mlx_impl.style_transfer import (
+    DOCUMENT_003,
+    GATYS,
+    FeatureExtractor,
+    ImageGenerator,
+    Losses,
+    style_transfer,
+    unit_range,
+)
+from mlx_impl.vgg import BLOCKS, VGG
 from mlx_impl.vgg_weights import download_weights, make_vgg, read_weights
 
 NAMES = ("content_loss", "style_loss", "variation_loss")
+
+STARTS = ("content", "noise")
 
 
 def paint(
@@ -29,6 +41,7 @@ def paint(
     size: int = 512,
     steps: int = 500,
     levels: int = 1,
+    start: str = "content",
     content_weight: float = 1.0,
     style_weight: float = 1e3,
     variation_weight: float = 0.0,
@@ -40,29 +53,39 @@ def paint(
     """The picture, of the content's proportions, and the weighted losses before each step.
 
     ``content`` and ``style`` are bytes (H, W, 3) of any size; both are reduced to a longer side of
-    ``size`` where they are larger. ``weights`` are those of :func:`make_extractor`.
+    ``size`` where they are larger. ``weights`` are those of :func:`make_extractor`. ``start`` is
+    "content" or "noise", even in [0, 1] and drawn with ``seed``.
 
-    Raises ValueError: sizes or weights that cannot be, and as :func:`make_extractor`.
+    Raises ValueError: sizes, weights or a start that cannot be, and as :func:`make_extractor`.
     """
     if levels < 1:
         raise ValueError(f"levels must be at least 1, got {levels}")
-    least = 2**4 * 2 ** (levels - 1)  # VGG halves four times down to relu5_1
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+    documented = weights == "document"
+    halvings = 2 if documented else 4  # down to the document's relu3_1, or to relu5_1
+    least = 2**halvings * 2 ** (levels - 1)
     if size < least:
         raise ValueError(f"size must be at least {least} with {levels} levels, got {size}")
     extractor = make_extractor(weights, pooling, seed)
     objective = replace(
-        GATYS,
+        DOCUMENT_003 if documented else GATYS,
         content_weight=content_weight,
         style_weight=style_weight,
         variation_weight=variation_weight,
     )
+    content_image, style_image = (
+        _reduced(pixels, size, 2 ** (levels - 1)) for pixels in (content, style)
+    )
+    noise = mx.random.uniform(shape=content_image.shape, key=mx.random.key(seed))
     image, history = style_transfer(
-        _reduced(content, size, 2 ** (levels - 1)),
-        _reduced(style, size, 2 ** (levels - 1)),
+        content_image,
+        style_image,
         extractor,
         objective,
         steps,
         learning_rate,
+        start=noise if start == "noise" else content_image,
         levels=levels,
         on_step=on_step,
     )
@@ -72,30 +95,44 @@ def paint(
     return to_pixels(np.array(image[0]) * 2 - 1), rows
 
 
-def make_extractor(weights: str, pooling: str, seed: int = 0) -> VGG:
+def make_extractor(weights: str, pooling: str, seed: int = 0) -> VGG | FeatureExtractor:
     """VGG with the weights of a file, with torchvision's ("vgg16", "vgg19"), or "random" ones.
 
-    Raises as :func:`read_weights` and :func:`download_weights`.
+    "document" is no VGG but document 003's three convolutions, with random weights and its maximum
+    pooling. Raises as :func:`read_weights` and :func:`download_weights`.
     """
-    if weights == "random":
-        extractor = VGG("vgg19", pooling=pooling)
-        random_weights(extractor, seed)
-        return extractor
+    if weights in ("random", "document"):
+        made: VGG | FeatureExtractor = FeatureExtractor()
+        if weights == "random":
+            made = VGG("vgg19", pooling=pooling)
+        random_weights(made, seed)
+        return made
     found = download_weights(weights) if weights in BLOCKS else read_weights(weights)
     return make_vgg(found, pooling=pooling)
 
 
-def random_weights(extractor: VGG, seed: int) -> None:
-    """He et al. 2015 (arXiv 1502.01852), Eq. 10: features keep their size from layer to layer."""
+def random_weights(extractor: nn.Module, seed: int) -> None:
+    """He et al. 2015 (arXiv 1502.01852), Eq. 10: features keep their size from layer to layer.
+
+    ``extractor`` has nothing but convolutions. Their biases become 0.
+    """
     key = mx.random.key(seed)
     drawn = []
-    for name in convolutions(extractor.config):
+    for name, array in dict(tree_flatten(extractor.parameters())).items():
+        if array.ndim == 1:
+            drawn.append((name, mx.zeros_like(array)))
+            continue
         key, own = mx.random.split(key)
-        shape = extractor[name].weight.shape  # (out, kernel, kernel, in)
-        scale = math.sqrt(2 / math.prod(shape[1:]))
-        drawn.append((f"{name}.weight", scale * mx.random.normal(shape, key=own)))
-        drawn.append((f"{name}.bias", mx.zeros(shape[0])))
+        scale = math.sqrt(2 / math.prod(array.shape[1:]))  # (out, kernel, kernel, in)
+        drawn.append((name, scale * mx.random.normal(array.shape, key=own)))
     extractor.update(tree_unflatten(drawn))
+
+
+def generated_picture(seed: int) -> Pixels:
+    """Bytes (64, 64, 3) from document 003's generator, which nothing trains: coloured noise."""
+    mx.random.seed(seed)
+    made = ImageGenerator()(mx.random.normal((1, 100)))
+    return to_pixels(np.array(unit_range(made)[0]) * 2 - 1)
 
 
 def _reduced(pixels: Pixels, size: int, multiple: int) -> mx.array:

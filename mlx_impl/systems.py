@@ -154,7 +154,9 @@ PROCESS = (
 SAMPLER = (
     Option("sampler", "ddim", "Song et al.'s or Ho et al.'s", str, ("ddim", "ddpm")),
     Option("steps", None, "from noise to image (default: 50 of ddim, all of ddpm)"),
+    Option("spacing", "leading", "which of the timesteps", str, diffusion.SPACINGS),
     Option("eta", 0.0, "ddim's noise: from 0, none, to 1", float),
+    Option("variance", None, "of ddpm's noise (default: beta_tilde)", str, diffusion.VARIANCES),
 )
 
 
@@ -182,21 +184,26 @@ def draw_samples(
     shape: tuple[int, ...],
     sampler: str = "ddim",
     steps: int | None = None,
+    spacing: diffusion.Spacing = "leading",
     eta: float = 0.0,
+    variance: diffusion.Variance | None = None,
 ) -> mx.array:
     """Samples of ``shape`` (B, H, W, C) by either sampler, in ``steps`` of the run's timesteps."""
     schedule = schedule_of(settings)
     if sampler == "ddpm" and eta:
         raise ValueError(f"eta is ddim's: leave it out with ddpm, got {eta}")
+    if sampler == "ddim" and variance is not None:
+        raise ValueError(f"variance is ddpm's: leave it out with ddim, got {variance}")
     if steps is None:
         steps = len(schedule) if sampler == "ddpm" else min(50, len(schedule))
-    schedule = schedule.respaced(steps)
+    schedule = schedule.respaced(steps, spacing)
     keys = iter(mx.random.split(key, len(schedule)))
     noise = mx.random.normal(shape, key=next(keys))
     noises = (mx.random.normal(shape, key=k) for k in keys)
     kind = {"target": settings["target"], "clip_x0": True}
     if sampler == "ddpm":
-        return diffusion.ddpm_sample(model, schedule, noise, noises, **kind)
+        variance = variance or "beta_tilde"
+        return diffusion.ddpm_sample(model, schedule, noise, noises, variance, **kind)
     return diffusion.ddim_sample(model, schedule, noise, noises, eta, **kind)
 
 
@@ -355,12 +362,13 @@ def _latent_diffusion(settings: Settings) -> Training:
         class_: int | None = None,
         guidance: float = 3.0,
         steps: int | None = None,
+        spacing: diffusion.Spacing = "leading",
         eta: float = 0.0,
     ) -> mx.array:
         if class_ is not None and not 0 <= class_ < classes:
             raise ValueError(f"class must be from 0 to {classes - 1}, got {class_}")
         labels = mx.arange(n) % classes if class_ is None else mx.full((n,), class_)
-        spaced = schedule.respaced(min(50, len(schedule)) if steps is None else steps)
+        spaced = schedule.respaced(min(50, len(schedule)) if steps is None else steps, spacing)
         keys = iter(mx.random.split(key, len(spaced)))
         noise = mx.random.normal((n, *latent), key=next(keys))
         noises = (mx.random.normal(noise.shape, key=k) for k in keys)
@@ -449,7 +457,7 @@ SYSTEMS: dict[str, System] = {
         sampling=(
             Option("class_", None, "which (default: each in turn)"),
             Option("guidance", 3.0, "how much more like its class; 1: as trained", float),
-            *(option for option in SAMPLER if option.name != "sampler"),
+            *(option for option in SAMPLER if option.name in ("steps", "spacing", "eta")),
         ),
         image_size=(32, 32),
     ),

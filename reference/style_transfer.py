@@ -95,7 +95,7 @@ class FeatureExtractor(nn.Module):
     (B, widths[2], H // 4, W // 4). Its weights are random: it shows the method, not a style.
     """
 
-    taps = ("relu1_1", "relu2_1", "relu3_1")
+    taps: tuple[str, ...] = ("relu1_1", "relu2_1", "relu3_1")
 
     def __init__(self, widths: tuple[int, int, int] = (64, 128, 256), frozen: bool = True):
         super().__init__()

@@ -12,7 +12,15 @@ from mlx.utils import tree_flatten
 import mlx_impl.style_transfer as mlx_style
 import reference.style_transfer as torch_style
 from mlx_impl.vgg import max_pool
-from tests.frameworks import EPS, MLX, TORCH, Side, assert_equal_but_for_rounding, each_side
+from tests.frameworks import (
+    EPS,
+    MLX,
+    TORCH,
+    Side,
+    assert_equal_but_for_rounding,
+    assert_within,
+    each_side,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 5))
@@ -98,6 +106,23 @@ def test_only_a_normalised_gram_is_the_same_at_every_size(side, times, size, see
     hw = size[1] * size[2]
     slack = 2 * rounding(large) / (many * hw)
     assert is_near(gram(side, large, "hw"), gram(side, x, "hw"), slack)
+
+
+@each_side
+@pytest.mark.parametrize(("normalize", "power"), [("none", 4), ("hw", 0), ("chw", 0)])
+@given(sizes, seeds, st.integers(0, 3))
+def test_style_loss_of_a_larger_texture(side, normalize, power, size, seed, doublings):
+    """k times in height and width: k^4 and k^0. Of whole numbers below 2^24 nothing rounds but the
+    division by the size, and a power of two changes no rounding."""
+    k = 2**doublings
+    a, b = (whole(size, s) for s in (seed, seed + 1))
+    large = [np.tile(x, (1, k, k, 1)) for x in (a, b)]
+    found, base = (style_loss(side, *pair, normalize) for pair in (large, (a, b)))
+    assert found == float(k) ** power * base
+
+
+def whole(size: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 3, size).astype(np.float32)
 
 
 @each_side
@@ -264,6 +289,41 @@ def test_the_picture_gets_nearer_to_both_and_stays_one(side, levels):
         first, last = history[12 * level], history[12 * level + 11]
         assert sum(last) < sum(first)
     assert all(len(losses) == 3 and min(losses) >= 0 for losses in history)
+
+
+@each_side
+@pytest.mark.parametrize("levels", [1, 2])
+def test_it_starts_from_the_start_and_doubles(side, levels, monkeypatch):
+    """Steps of nothing leave the start; with levels, what is left of it in the smallest size."""
+    lib, sizes = side.style_transfer, []
+    style_targets = lib.style_targets
+
+    def spy(extractor, content, style, objective):
+        sizes.append([nhwc(side, a).shape[1:3] for a in (content, style)])
+        return style_targets(extractor, content, style, objective)
+
+    monkeypatch.setattr(lib, "style_targets", spy)
+    start = pictures(1, 8, 12, seed=2).repeat(2, axis=1).repeat(2, axis=2)
+    image, _ = lib.style_transfer(
+        side.images(CONTENT),
+        side.images(STYLE),
+        extractor(side),
+        lib.DOCUMENT_003,
+        steps=1,
+        learning_rate=1e-30,
+        start=side.images(start),
+        levels=levels,
+    )
+    assert sizes == [[(16 >> i, 24 >> i), (20 >> i, 9 >> i)] for i in reversed(range(levels))]
+    if levels == 1:
+        assert np.array_equal(nhwc(side, image), start)
+    else:  # halved it is itself, and doubled its corners are
+        assert_within(nhwc(side, image)[:, ::15, ::23], start[:, ::15, ::23], 8 * EPS)
+
+
+def nhwc(side: Side, images) -> np.ndarray:
+    found = np.array(images) if side is MLX else images.detach().numpy()
+    return found if side is MLX else found.transpose(0, 2, 3, 1)
 
 
 def test_both_sides_paint_the_same_picture():

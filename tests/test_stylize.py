@@ -12,9 +12,10 @@ import pytest
 import mlx_impl.__main__ as cli
 import mlx_impl.stylize
 from mlx_impl.images import read_image, write_png
-from mlx_impl.stylize import random_weights
+from mlx_impl.stylize import generated_picture, random_weights
 from mlx_impl.vgg import VGG
 from mlx_impl.vgg_weights import Weights, read_weights, save_weights
+from tests.frameworks import EPS
 
 CHANNELS = (2, 3, 2, 3, 2)
 
@@ -79,6 +80,84 @@ def test_the_same_again(pictures, tmp_path):
     assert a != c
 
 
+def losses(out: Path) -> list[dict[str, float]]:
+    with out.with_name(f"{out.stem}-losses.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def test_started_from_noise(pictures, tmp_path):
+    """It lies where the noise does, not where the content does, which is then far off."""
+    made = {}
+    for name, seed in (("a", 0), ("b", 1)):
+        out = tmp_path / f"{name}.png"
+        given = ["--start", "noise", "--steps", "1", "--seed", str(seed), "--out", out]
+        assert stylize(*pictures, *given) == 0
+        assert losses(out)[0]["content_loss"] > 0
+        noise = mx.random.uniform(shape=(1, 24, 40, 3), key=mx.random.key(seed))
+        made[name] = read_image(out)
+        off = np.abs(made[name] / 255 - np.array(noise[0]))
+        assert off.max() < 0.02 + 2 / 255  # one step of the learning rate, and a byte's width
+    assert (made["a"] != made["b"]).any()
+
+
+def test_the_documents_extractor_and_its_generated_content(pictures, tmp_path):
+    """All of document 003: its three convolutions, and its last section's content."""
+    made = []
+    for seed in ("0", "1"):
+        out = tmp_path / f"{seed}.png"
+        given = ["--steps", "2", "--seed", seed, "--out", out]
+        assert stylize("generated", pictures[1], *given, weights="document") == 0
+        assert losses(out)[0]["content_loss"] == 0
+        assert losses(out)[1]["style_loss"] < losses(out)[0]["style_loss"]
+        made.append(read_image(out))
+    assert made[0].shape == made[1].shape == (64, 64, 3)
+    assert (made[0] != made[1]).any()
+    assert (np.abs(made[0].astype(int) - generated_picture(0)) <= 2 * 0.021 * 255 + 1).all()
+
+
+PAINTED = ["--start", "noise", "--steps", "2"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--size", "32"],
+        ["--steps", "3"],
+        ["--levels", "2"],
+        ["--start", "content"],
+        ["--content-weight", "2"],
+        ["--style-weight", "2"],
+        ["--variation-weight", "2"],
+        ["--learning-rate", "0.01"],
+        ["--pooling", "max"],
+        ["--seed", "1"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_no_option_is_ignored(tmp_path, given):
+    made, pictures = [], [tmp_path / "content.png", tmp_path / "style.png"]
+    for seed, path in enumerate(pictures):
+        pixels = np.random.default_rng(seed).integers(0, 256, (32, 40, 3), np.uint8)
+        write_png(path, pixels)
+    for name, options in (("a", []), ("b", given)):
+        out = tmp_path / f"{name}.png"
+        assert stylize(*pictures, *PAINTED, *options, "--out", out) == 0
+        made.append((read_image(out).tobytes(), losses(out)))
+    assert made[0][0] != made[1][0]
+    weights = {"--content-weight": 1.0, "--style-weight": 1e3}
+    if given[0] in weights:  # the first step's losses are of the same picture
+        name = given[0].removeprefix("--").replace("weight", "loss").replace("-", "_")
+        one, two = (history[0][name] for _, history in made)
+        assert two == pytest.approx(one * 2 / weights[given[0]], rel=4 * EPS)
+
+
+def test_every_option_of_painting_is_tried():
+    (tried,) = (
+        mark.args[1] for mark in test_no_option_is_ignored.pytestmark if mark.name == "parametrize"
+    )
+    assert {given[0] for given in tried} == {f"--{o.name.replace('_', '-')}" for o in cli.PAINTING}
+
+
 def test_a_large_picture_is_reduced_and_painted_at_several_sizes(tmp_path):
     out = tmp_path / "a.png"
     given = ["--size", "51", "--steps", "1", "--levels", "2", "--out", out]
@@ -108,6 +187,7 @@ def test_bad_input(pictures, tmp_path, capsys):
         ([content, style, *out, "--size", "8"], "size must be at least 16 with 1 levels, got 8"),
         ([content, style, *out, "--steps", "0"], "steps and levels must be at least 1"),
         ([content, style, *out, "--levels", "0"], "levels must be at least 1, got 0"),
+        ([content, style, *out, "--start", "white"], "invalid choice: 'white'"),
         ([content, style, "--out", tmp_path / "a.jpg"], "does not end in .png"),
     ):
         assert message in refused(capsys, *arguments), message
