@@ -164,6 +164,26 @@ def test_ddim_with_eta_1_is_ddpm(side, target, clip_x0, settings, seed, kept):
 
 
 @each_side
+@given(settings=linear_settings(), seed=seeds, eta=st.floats(0, 1))
+def test_ddim_is_songs_eq_12(side, settings, seed, eta):
+    """With σ = η √β̃ (Eq. 16), told the true noise: each coefficient, at every step at once."""
+    d = side.diffusion
+    s = d.linear_schedule(*settings)
+    every = give(side, np.arange(len(s)))
+    x0, e, z = draws(seed, len(s))
+    x_t = d.q_sample(s, give(side, x0), every, give(side, e))
+    found = take(d.ddim_step(lambda *_: give(side, e), s, x_t, every, give(side, z), eta))
+    kept = rows(s.alphas_cumprod_prev)
+    sigma = eta * np.sqrt(rows(s.posterior_variance))
+    direction = np.sqrt(np.maximum(1 - kept - sigma**2, 0))
+    expected = np.sqrt(kept) * x0 + direction * e + sigma * z
+    signal, left = np.sqrt(rows(s.alphas_cumprod)), rows(1 - s.alphas_cumprod)
+    size = (np.abs(x0) + 2 * np.abs(e)) / signal + np.abs(e) + np.abs(z)
+    # 1 - ᾱ - σ² cancels where a step draws nearly all anew: its root is off by its error's root.
+    assert_within(found, expected, 8 * (unit(side) + EPS64 / left) * size + np.sqrt(8 * EPS64))
+
+
+@each_side
 @pytest.mark.parametrize("spacing", reference.diffusion.SPACINGS)
 @given(settings=linear_settings(), seed=seeds, kept=st.floats(0.001, 1))
 def test_ddim_with_the_true_noise_recovers_the_image(side, spacing, settings, seed, kept):

@@ -292,6 +292,29 @@ def test_the_picture_gets_nearer_to_both_and_stays_one(side, levels):
 
 
 @each_side
+def test_each_loss_has_its_weight(side):
+    """Weights that are powers of two, which no rounding sees; of a layer as of the whole."""
+    lib, model, image = (
+        side.style_transfer,
+        extractor(side),
+        side.images(pictures(1, 16, 24, seed=2)),
+    )
+    pair = side.images(CONTENT), side.images(STYLE)
+
+    def losses(content, style, variation, layer) -> np.ndarray:
+        taps = {"relu3_1": layer}, {"relu2_1": layer}
+        objective = lib.Objective(*taps, content, style, variation)
+        targets = lib.style_targets(model, *pair, objective)
+        found = lib.weighted_losses(model, image, targets, objective)
+        return np.array([loss.item() for loss in found])
+
+    one = losses(1.0, 1.0, 1.0, 1.0)
+    assert (one > 0).all()
+    assert np.array_equal(losses(2.0, 4.0, 8.0, 1.0), one * [2, 4, 8])
+    assert np.array_equal(losses(1.0, 1.0, 1.0, 16.0), one * [16, 16, 1])
+
+
+@each_side
 @pytest.mark.parametrize("levels", [1, 2])
 def test_it_starts_from_the_start_and_doubles(side, levels, monkeypatch):
     """Steps of nothing leave the start; with levels, what is left of it in the smallest size."""
