@@ -31,6 +31,8 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
+from mlx_impl.precision import single_on_cpu
+
 Pair = tuple[int, int]
 BilinearMap = Callable[[mx.array, mx.array], mx.array]
 
@@ -460,7 +462,7 @@ def conv2d(
     if min(h, w, x.size, weight.size) < 1:
         return mx.conv2d(x, weight, s, p, d, groups)
     g = Geometry(image, (h, w), kernel, s, p, d, groups)
-    return _wide(_differentiable(g, taken).conv, x, weight)
+    return single_on_cpu(_differentiable(g, taken).conv, x, weight)
 
 
 def conv_transpose2d(
@@ -489,12 +491,4 @@ def conv_transpose2d(
         return mx.conv_transpose2d(x, weight, s, p, d, o)
     g = Geometry((H, W), result, kernel, s, p, d, 1)
     by_image = _differentiable(g, taken).by_image
-    return _wide(lambda a, b: by_image(a, b.transpose(3, 1, 2, 0)), x, weight)
-
-
-def _wide(function: BilinearMap, x: mx.array, weight: mx.array) -> mx.array:
-    """Half precision in single on a CPU, whose products of halves are slow; as MLX does there."""
-    dtype = mx.result_type(x, weight)
-    if backend() != "cpu" or dtype not in (mx.float16, mx.bfloat16):
-        return function(x, weight)
-    return function(x.astype(mx.float32), weight.astype(mx.float32)).astype(dtype)
+    return single_on_cpu(lambda a, b: by_image(a, b.transpose(3, 1, 2, 0)), x, weight)

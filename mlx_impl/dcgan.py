@@ -19,7 +19,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map_with_path
 
-from mlx_impl.layers import Conv2d, ConvTranspose2d, leaky_relu
+from mlx_impl.layers import BatchNorm, Conv2d, ConvTranspose2d, leaky_relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
 
@@ -48,7 +48,7 @@ class Generator(nn.Module):
             ConvTranspose2d(wide, narrow, 4, stride=2, padding=1, bias=False)
             for wide, narrow in pairwise([*widths, channels])
         ]
-        self.norms = [nn.BatchNorm(w) for w in widths]  # one before each deconv
+        self.norms = [BatchNorm(w) for w in widths]  # one before each deconv
 
     def __call__(self, z: mx.array) -> mx.array:
         x = self.project(z[:, None, None, :])  # (B, H / 2^s, W / 2^s, width * 2^(stages - 1))
@@ -76,7 +76,7 @@ class Discriminator(nn.Module):
             Conv2d(narrow, wide, 4, stride=2, padding=1, bias=False)
             for narrow, wide in pairwise([channels, *widths])
         ]
-        self.norms = [nn.BatchNorm(w) for w in widths[1:]]  # none on the image's
+        self.norms = [BatchNorm(w) for w in widths[1:]]  # none on the image's
         self.score = Conv2d(widths[-1], 1, map_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -32,6 +32,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.layers import Conv2d, Linear
 from mlx_impl.optimizers import Adam
+from mlx_impl.precision import raised
 
 Model = Callable[[mx.array, mx.array], mx.array]
 Target = Literal["epsilon", "x0", "v"]
@@ -293,7 +294,7 @@ def loss(
     """
     expected = training_target(schedule, x0, timesteps, noise, target)
     x_t = q_sample(schedule, x0, timesteps, noise)
-    return (_call(model, schedule, x_t, timesteps) - expected).square().mean()
+    return (raised(_call(model, schedule, x_t, timesteps)) - expected).square().mean()
 
 
 def posterior_mean_variance(

@@ -24,6 +24,7 @@ import mlx.optimizers as optim
 from mlx_impl.diffusion import Schedule, ddim_sample, loss
 from mlx_impl.layers import Conv2d
 from mlx_impl.optimizers import Adam
+from mlx_impl.precision import raised
 from mlx_impl.unet import Downsample, ResNetBlock, UNet, Upsample, group_norm
 
 KL_WEIGHT = 1e-6
@@ -148,7 +149,7 @@ class Autoencoder(nn.Module):
                 f"images {list(images.shape)}: this autoencoder takes (B, H, W, C) with "
                 f"{self.in_channels} channels, H and W multiples of {self.factor}"
             )
-        mean, log_variance = self.encoder(images).split(2, axis=-1)
+        mean, log_variance = raised(self.encoder(images)).split(2, axis=-1)
         return mean, mx.clip(log_variance, -30, 20)
 
     def decode(self, latents: mx.array) -> mx.array:
@@ -182,7 +183,7 @@ def kl_divergence(mean: mx.array, log_variance: mx.array) -> mx.array:
 
 def reconstruction_loss(reconstruction: mx.array, images: mx.array) -> mx.array:
     """Half the squared error for each image, averaged: what a normal p(x | z) of variance 1 has."""
-    return 0.5 * (reconstruction - images).square().flatten(1).sum(axis=1).mean()
+    return 0.5 * (raised(reconstruction) - images).square().flatten(1).sum(axis=1).mean()
 
 
 def autoencoder_losses(

@@ -6,7 +6,7 @@ Sources
     axis of length one, which is zero everywhere; ERRATA.md 001-E6 and 002-E5 tell the repair.
 
 All losses return the mean over the batch, a scalar. Logits and probabilities are (B, 1) unless said
-otherwise.
+otherwise. Half precision is raised to float32 first, as ``torch.autocast`` does on a GPU.
 """
 
 from typing import cast
@@ -14,13 +14,15 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_impl.precision import raised
+
 
 def bce_with_logits(logits: mx.array, targets: mx.array) -> mx.array:
     """Binary cross-entropy of logits (B, ...) against targets in [0, 1] of the same shape.
 
     ``softplus(l) - y * l``: finite, with a gradient in [-1, 1] per element, for every finite logit.
     """
-    return nn.losses.binary_cross_entropy(logits, targets, reduction="mean")
+    return nn.losses.binary_cross_entropy(raised(logits), raised(targets), reduction="mean")
 
 
 @mx.custom_function
@@ -50,7 +52,7 @@ def bce_from_probabilities(probabilities: mx.array, targets: mx.array) -> mx.arr
     ``nn.losses.binary_cross_entropy(with_logits=False)`` has NaN. Prefer :func:`bce_with_logits`.
     """
     # MLX's stub says that a custom function returns object.
-    return cast(mx.array, _bce_elements(probabilities, targets)).mean()
+    return cast(mx.array, _bce_elements(raised(probabilities), raised(targets))).mean()
 
 
 def discriminator_loss(real_logits: mx.array, fake_logits: mx.array) -> mx.array:
@@ -68,7 +70,7 @@ def generator_loss_nonsaturating(fake_logits: mx.array) -> mx.array:
 
     Its gradient tends to -1 where the discriminator is sure of the fake, so the generator learns.
     """
-    return mx.logaddexp(0.0, -fake_logits).mean()
+    return mx.logaddexp(0.0, -raised(fake_logits)).mean()
 
 
 def generator_loss_minimax(fake_logits: mx.array) -> mx.array:
@@ -76,7 +78,7 @@ def generator_loss_minimax(fake_logits: mx.array) -> mx.array:
 
     Its gradient vanishes where the discriminator is sure of the fake.
     """
-    return -mx.logaddexp(0.0, fake_logits).mean()
+    return -mx.logaddexp(0.0, raised(fake_logits)).mean()
 
 
 def two_logit_loss(logits: mx.array, labels: mx.array) -> mx.array:
@@ -85,4 +87,4 @@ def two_logit_loss(logits: mx.array, labels: mx.array) -> mx.array:
     What documents 001 and 002 reach for with LogSoftmax. It is the same loss as one logit:
     ``log_softmax([0, l]) = [log(1 - sigmoid(l)), log(sigmoid(l))]``.
     """
-    return nn.losses.cross_entropy(logits, labels, reduction="mean")
+    return nn.losses.cross_entropy(raised(logits), labels, reduction="mean")

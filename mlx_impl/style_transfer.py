@@ -24,6 +24,7 @@ import mlx.optimizers as optim
 
 from mlx_impl.layers import Conv2d, Linear
 from mlx_impl.optimizers import Adam
+from mlx_impl.precision import lowered, raised, single_on_cpu
 from mlx_impl.training import compile_step
 from mlx_impl.vgg import max_pool
 
@@ -43,7 +44,7 @@ def content_loss(content: mx.array, generated: mx.array) -> mx.array:
 
     Document 003's, and ``2 / (H W C)`` times Gatys Eq. 1, which is half the sum (003-E6).
     """
-    return ((content - generated) ** 2).mean()
+    return ((raised(content) - raised(generated)) ** 2).mean()
 
 
 def gram_matrix(features: mx.array, normalize: str = "none") -> mx.array:
@@ -54,8 +55,9 @@ def gram_matrix(features: mx.array, normalize: str = "none") -> mx.array:
     al. 2016). Raises ValueError on another word.
     """
     b, h, w, c = features.shape
-    f = features.reshape(b, h * w, c)
-    return f.transpose(0, 2, 1) @ f / _gram_divisor(normalize, c, h, w)
+    (f,) = lowered(features.reshape(b, h * w, c))
+    products = single_on_cpu(lambda f: f.transpose(0, 2, 1) @ f, f)
+    return raised(products) / _gram_divisor(normalize, c, h, w)
 
 
 def _gram_divisor(normalize: str, c: int, h: int, w: int) -> int:

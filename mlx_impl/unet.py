@@ -12,24 +12,27 @@ Sources
 There is no dropout, which Ho et al. set to 0.1 for CIFAR-10: a step of ours draws nothing.
 """
 
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map_with_path
 
 from mlx_impl.diffusion import sinusoidal_embedding
-from mlx_impl.layers import Conv2d, Linear
+from mlx_impl.layers import Conv2d, GroupNorm, Linear
+from mlx_impl.precision import single_on_cpu
 
 EPS = 1e-6
 """Of group normalisation: TensorFlow's default, which Ho et al. use, and a tenth of MLX's."""
 
 
-def group_norm(groups: int, channels: int) -> nn.GroupNorm:
+def group_norm(groups: int, channels: int) -> GroupNorm:
     """Group normalisation of (B, H, W, channels) as Ho et al. have it.
 
     Without PyTorch's grouping a group would be every so-many-th channel, not neighbours.
     """
-    return nn.GroupNorm(groups, channels, EPS, pytorch_compatible=True)
+    return GroupNorm(groups, channels, EPS, pytorch_compatible=True)
 
 
 class TimeEmbedding(nn.Module):
@@ -90,8 +93,8 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         h = self.norm(x).flatten(1, 2)[:, None]  # (B, 1 head, H * W, C)
         q, k, v = self.q(h), self.k(h), self.v(h)
-        scale = q.shape[-1] ** -0.5
-        h = self.proj_out(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale))
+        attend = partial(mx.fast.scaled_dot_product_attention, scale=q.shape[-1] ** -0.5)
+        h = self.proj_out(single_on_cpu(attend, q, k, v))
         return x + h.reshape(x.shape)
 
 
