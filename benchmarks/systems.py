@@ -18,7 +18,7 @@ from mlx_impl.data import load_images
 from mlx_parity import Case
 from mlx_parity.blas import use_openblas
 from mlx_parity.case import System
-from tests.cases import CASES
+from tests.cases import CASES, SYSTEMS
 
 Side = Literal["mlx", "torch"]
 Arrays = dict[str, np.ndarray]
@@ -68,7 +68,7 @@ class Subject:
 
 
 SUBJECTS: tuple[Subject, ...] = (
-    *(Subject(case, "step") for case in CASES if case.compile_step is not None),
+    *(Subject(case, "step") for case in SYSTEMS),
     *(Subject(case, "sampling") for case in CASES if case.samples),
 )
 

@@ -13,6 +13,7 @@ Shape = Mapping[str, Any]
 """A drawn shape by name, for instance ``{"batch": 3, "image_size": (5, 7)}``."""
 
 Side = Literal["documented", "canonical"]
+Precision = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,13 @@ class Case:
     weights: Callable[[Shape, np.random.Generator], Mapping[str, np.ndarray]] = lambda *_: {}
     """Tensors by ``module.tensor``, in the reference's layout, instead of the ladder's own draw:
     trained weights, or a parameter with a range of its own."""
+    dtype: Precision = "float32"
+    """What the port computes in. In half precision the oracle is still the reference in float64,
+    and the yardstick the reference in the same half precision: its noise, and its bias."""
+    held: Precision = "float32"
+    """What the port's modules hold. Half as ``dtype``: both sides are half throughout, weights and
+    optimizer too. Float32 beside a half ``dtype``: mixed precision with master weights, which
+    ``build`` sees to in the port; the reference runs as it is under ``torch.autocast``."""
     compile_step: Callable[..., Callable[..., Any]] | None = None
     """The port's own ``compile_step(step, *stateful)``, held in the compiled rung."""
     cost: int = 1
@@ -75,3 +83,10 @@ class Case:
     """Whether ``forward`` is what a user generates with, so that a benchmark times it."""
     full_size: Shape = field(default_factory=dict)
     """The shape of real use, but for its batch: what a benchmark times."""
+
+    def __post_init__(self) -> None:
+        if self.held not in ("float32", self.dtype):
+            raise ValueError(
+                f"{self.name}: modules that hold {self.held} cannot compute in {self.dtype}: held "
+                "is float32 or what dtype is"
+            )

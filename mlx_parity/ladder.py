@@ -20,7 +20,7 @@ import torch
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import reference_tensors
 from mlx_parity.case import Case, Shape
-from mlx_parity.equality import STAGES, Finding, compare, jitter
+from mlx_parity.equality import EPS, ROUGH, STAGES, Finding, compare, jitter, spacing
 from mlx_parity.errors import (
     CarryError,
     EmptyBatchError,
@@ -29,7 +29,7 @@ from mlx_parity.errors import (
     SideError,
     TF32Error,
 )
-from mlx_parity.sides import MLXSide, Results, TorchSide, at_step
+from mlx_parity.sides import MLXSide, Results, TorchSide, at_step, in_precision
 
 require_mlx()
 
@@ -66,7 +66,8 @@ class Rung:
     findings: tuple[Finding, ...] = ()
     message: str = ""
     decidable_steps: int | None = None
-    """Trajectory: how many steps a difference of 1 in 1,000 of the losses would have shown in."""
+    """Trajectory: how many steps a difference of 1 in 1,000 of the losses, in half precision of 8
+    units in the last place, would have shown in."""
 
     @property
     def worst(self) -> Finding | None:
@@ -170,7 +171,7 @@ class Climb:
         self.case, self.shape, self.seed = case, shape, seed
         self.rng = np.random.default_rng(seed)
         self.oracle = TorchSide(case, shape, torch.float64)
-        self.usual = TorchSide(case, shape, torch.float32)
+        self.usual = TorchSide.usual(case, shape)
         self.point = draw_point(case, shape, self.rng, STEPS)
         self.names = [n for n in self.point if "." not in n and "@" not in n]
         self.ignored: frozenset[str] = frozenset()
@@ -244,7 +245,9 @@ class Climb:
             max(f.visible for f in trajectory.findings if f.tensor.endswith(f" {i}"))
             for i in range(STEPS)
         ]
-        steps = next((i for i, v in enumerate(seen) if not v < 1e-3), STEPS)
+        half = self.case.dtype != "float32"
+        small = 8 * EPS[self.case.dtype] if half else 1e-3
+        steps = next((i for i, v in enumerate(seen) if not v < small), STEPS)
         return [step, replace(trajectory, decidable_steps=steps)]
 
     def reloaded(self) -> list[Rung]:
@@ -330,6 +333,8 @@ class Climb:
                 return results
             return {k: a for k, a in results.items() if not self.ignored & _names_in(k)}
 
+        if self.case.dtype != "float32":
+            options = {"rough": ROUGH, **options}
         return compare(
             lambda p: known(oracle(p)), lambda p: known(usual(p)), port, self.near, **options
         )
@@ -337,7 +342,12 @@ class Climb:
     def near(self) -> Results:
         """A nearby point; what the port does not hold stays where it is."""
         moving = {n: a for n, a in self.point.items() if n not in self.ignored}
-        return self.point | jitter(moving, self.rng)
+        near = self.point | jitter(moving, self.rng, spacing(self.case.dtype))
+        held = self.case.held
+        if held == "float32":
+            return near
+        floats = {n: a for n, a in near.items() if a.dtype == np.float32}
+        return near | {n: in_precision(a, held) for n, a in floats.items()}
 
     def _split(self, findings: Iterable[Finding], prefixes: Iterable[str]) -> list[Rung]:
         findings = list(findings)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mlx_parity.carry import (
     match,
     reference_tensors,
 )
-from mlx_parity.case import Case, Loss, Shape, System
+from mlx_parity.case import Case, Loss, Precision, Shape, System
 from mlx_parity.equality import Tensors
 from mlx_parity.errors import NoGradient, ParityError, SideError
 
@@ -44,14 +46,44 @@ def at_step(name: str, step: int) -> str:
     return f"{name}@{step}"
 
 
-class TorchSide:
-    """The reference: in float64 the oracle, in float32 the measure of usual rounding."""
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+MLX_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-    def __init__(self, case: Case, shape: Shape, dtype: torch.dtype):
+
+def in_precision(array: np.ndarray, precision: Precision) -> np.ndarray:
+    """A float32 array's nearest numbers of ``precision``, in float32."""
+    if precision == "float32":
+        return array
+    return torch.from_numpy(array).to(TORCH_DTYPES[precision]).float().numpy()
+
+
+class TorchSide:
+    """The reference: in float64 the oracle, in the port's precision the measure of usual rounding.
+
+    ``autocast`` is what ``torch.autocast`` computes in, all calls of the system being within. It
+    keeps no rounded weights: an optimizer's update would not reach those that are kept.
+    """
+
+    def __init__(
+        self, case: Case, shape: Shape, dtype: torch.dtype, autocast: torch.dtype | None = None
+    ):
         self.dtype = dtype
         self.system = case.build(case.reference, shape)
         for module in self.system.modules.values():
             module.to(dtype)
+        if autocast is not None:
+            cast = torch.autocast("cpu", dtype=autocast, cache_enabled=False)
+            self.system = _within(self.system, cast)
+
+    @classmethod
+    def usual(cls, case: Case, shape: Shape) -> TorchSide:
+        """The yardstick: PyTorch in the precision of the port."""
+        autocast = TORCH_DTYPES[case.dtype] if case.dtype != case.held else None
+        return cls(case, shape, TORCH_DTYPES[case.held], autocast)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer as ``module.tensor``."""
@@ -153,7 +185,13 @@ class MLXSide:
 
     def __init__(self, case: Case, shape: Shape, reference: System):
         self.images = case.images
+        self.held: Precision = case.held
+        self.half = case.dtype != "float32"
         self.system = case.build(case.port, shape)
+        self._dtypes = {
+            m: {k: a.dtype for k, a in flat(module.parameters()).items()}
+            for m, module in self.system.modules.items()
+        }
         options = case.carry(shape)
         self.plans: dict[str, Plan] = {
             m: (case.plan or match)(reference.modules[m], module, **options.get(m, {}))
@@ -168,9 +206,14 @@ class MLXSide:
     def load(self, point: Tensors) -> None:
         for m, plan in self.plans.items():
             plan.load({n.removeprefix(f"{m}."): a for n, a in point.items() if _of(m, n)})
+            if self.half:  # what it holds in half precision it goes on holding so
+                loaded = flat(plan.port.parameters()).items()
+                restored = [(k, a.astype(self._dtypes[m][k])) for k, a in loaded]
+                plan.port.update(tree_unflatten(restored))
 
     def _input(self, name: str, array: np.ndarray) -> mx.array:
-        return mx.array(channels_last(array) if name in self.images else array)
+        made = mx.array(channels_last(array) if name in self.images else array)
+        return made.astype(MLX_DTYPES[self.held]) if made.dtype == mx.float32 else made
 
     def _output(self, name: str, array: mx.array) -> np.ndarray:
         found = _array(array)
@@ -320,6 +363,27 @@ class MLXSide:
             saved = mx.load(str(folder / f"{m}.optimizer.safetensors"))
             assert isinstance(saved, dict)
             restore_tree(optimizer.state, saved)
+
+
+def _within(system: System, context: AbstractContextManager[Any]) -> System:
+    """The same system, each of whose functions runs within ``context``."""
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with context:
+                return function(*args, **kwargs)
+
+        return run
+
+    return replace(
+        system,
+        forward=system.forward and inside(system.forward),
+        losses={
+            n: replace(loss, function=inside(loss.function)) for n, loss in system.losses.items()
+        },
+        step=system.step and inside(system.step),
+    )
 
 
 @contextmanager
