@@ -62,6 +62,11 @@ class Geometry(NamedTuple):
         whole = all(k % s == 0 for k, s in zip(self.kernel, self.stride, strict=True))
         return prod(self.stride) if whole and self.dilation == (1, 1) and self.groups == 1 else 1
 
+    def results(self, axis: int) -> int:
+        """How many results the whole image has along one axis; ``result`` may leave some out."""
+        free = self.image[axis] + 2 * self.padding[axis] - self.reach(axis)
+        return free // self.stride[axis] + 1
+
     def seen(self, axis: int) -> int:
         """How much of the padded image some result depends on, along one axis."""
         return self.stride[axis] * (self.result[axis] - 1) + self.reach(axis)
@@ -407,6 +412,30 @@ def cheapest(map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
     return min(costs, key=lambda name: costs[name])
 
 
+_stride_of_plan: dict[tuple[object, ...], Pair] = {}
+
+
+def gets_anothers_plan(g: Geometry, batch: int, channels: Pair, dtype: mx.Dtype) -> bool:
+    """Whether MLX 0.32 on CUDA would run this ``by_image`` with the plan of another stride.
+
+    It keeps cuDNN's plans by shapes, paddings and the kernel's dilation, without the dilation of
+    the input, which for this map is the stride. Of two transposed convolutions of one input shape
+    and different strides, the second then fills a part of its result with nonsense. The first
+    asked for here takes the plan; the answer for the others is True, for good.
+    """
+    paddings = []
+    strides = []
+    for axis in (0, 1):
+        low = g.reach(axis) - 1 - g.padding[axis]
+        results = g.results(axis)
+        high = g.image[axis] - g.stride[axis] * (results - 1) + g.padding[axis] - 1
+        paddings += [results, low, high]
+        strides.append(g.stride[axis] if results > 1 else 1)  # one element has nothing between
+    key = (batch, channels, g.kernel, g.dilation, g.groups, dtype, *paddings)
+    stride = cast(Pair, tuple(strides))
+    return _stride_of_plan.setdefault(key, stride) != stride
+
+
 @lru_cache(maxsize=1024)
 def _differentiable(g: Geometry, route: str) -> Maps:
     """The three maps, each with the other two as its gradients."""
@@ -420,6 +449,9 @@ def _differentiable(g: Geometry, route: str) -> Maps:
                 "by_kernel": (a.shape[3], b.shape[3]),
             }[map_name]
             taken = cheapest(map_name, g, a.shape[0], channels) if route == "cheapest" else route
+            risky = taken == "adjoint" and map_name == "by_image" and backend() == "cuda"
+            if risky and gets_anothers_plan(g, a.shape[0], channels, mx.result_type(a, b)):
+                taken = "patches"
             return cast(mx.array, getattr(built[taken], map_name)(a, b))
 
         return run

@@ -28,11 +28,8 @@ EPS = 1e-6
 
 
 def group_norm(groups: int, channels: int) -> GroupNorm:
-    """Group normalisation of (B, H, W, channels) as Ho et al. have it.
-
-    Without PyTorch's grouping a group would be every so-many-th channel, not neighbours.
-    """
-    return GroupNorm(groups, channels, EPS, pytorch_compatible=True)
+    """Group normalisation of (B, H, W, channels) as Ho et al. have it."""
+    return GroupNorm(groups, channels, EPS)
 
 
 class TimeEmbedding(nn.Module):

@@ -291,3 +291,56 @@ def test_where_mlx_is_wrong_the_adjoint_runs(monkeypatch, kernel, padding, outpu
     assert_equal_but_for_rounding(
         lambda p: theirs(p, torch.float64), lambda p: theirs(p, torch.float32), ours, {"x": image}
     )
+
+
+STRIDES = (1, 2, 3)
+ON_CUDA = convolution.backend() == "cuda"
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="a defect of MLX's CUDA backend")
+@pytest.mark.xfail(reason="MLX 0.32.4: cuDNN plans are kept without the dilation of the input")
+def test_mlxs_transposed_convolutions_of_one_shape_and_several_strides():
+    y, w = mx.array(normal(1, 4, 4, 2)), mx.array(normal(3, 3, 3, 2))
+    for stride in STRIDES:
+        expected = mx.conv_transpose2d(y, w, stride, stream=mx.cpu)
+        assert mx.allclose(mx.conv_transpose2d(y, w, stride), expected, atol=1e-4)
+
+
+def test_transposed_convolutions_of_one_shape_and_several_strides(monkeypatch):
+    monkeypatch.setattr(convolution, "backend", lambda: "cuda")
+    monkeypatch.setattr(convolution, "_stride_of_plan", {})
+    y, w = mx.array(normal(1, 4, 4, 2)), mx.array(normal(3, 3, 3, 2))
+
+    def routes(stride):
+        return [name for name, _ in taken(lambda y: conv_transpose2d(y, w, stride), y)]
+
+    assert [routes(stride) for stride in (1, 2, 3, 1)] == [
+        ["adjoint"],
+        ["patches"],
+        ["patches"],
+        ["adjoint"],
+    ]
+    for stride in STRIDES:
+        ours, native = conv_transpose2d(y, w, stride), mx.conv_transpose2d(y, w, stride)
+        # sums of 8 products at most, in another order
+        assert float(mx.abs(ours - native).max()) <= 16 * 2.0**-24 * float(mx.abs(native).max())
+
+
+def test_what_else_a_plan_is_kept_by_does_not_collide(monkeypatch):
+    monkeypatch.setattr(convolution, "_stride_of_plan", {})
+    one = Geometry((6, 6), (4, 4), (3, 3), (1, 1), (0, 0), (1, 1), 1)
+    two = one._replace(image=(9, 9), stride=(2, 2))
+
+    def collides(g, batch=2, channels=(3, 5), dtype=mx.float32):
+        return convolution.gets_anothers_plan(g, batch, channels, dtype)
+
+    assert not collides(one)
+    assert collides(two)
+    assert collides(two._replace(result=(3, 4)))  # a result left out is computed all the same
+    assert not collides(two._replace(image=(10, 10)))  # one more row at the end: another padding
+    assert not collides(two, batch=3)
+    assert not collides(two, channels=(4, 5))
+    assert not collides(two, dtype=mx.float16)
+    pixel = one._replace(image=(3, 3), result=(1, 1))
+    assert not collides(pixel)
+    assert not collides(pixel._replace(stride=(2, 2)))  # nothing to put a stride between
