@@ -1,4 +1,4 @@
-"""What holds of the convolutional GANs at every size: shapes, statistics, modes, first weights."""
+"""What holds of the GANs at every size: shapes, statistics, modes, first weights."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,9 +22,19 @@ from tests.cases import CASES
 from tests.cases.conv_gan import conv_gans
 from tests.cases.dcgan import dcgans
 from tests.frameworks import EPS, MLX, TORCH, Side, each_side
-from tests.gans import SHAPE, drawn, networks, set_tensors, statistics, tensors, to_numpy
+from tests.gans import (
+    SHAPE,
+    drawn,
+    networks,
+    normal_weights,
+    set_tensors,
+    statistics,
+    tensors,
+    to_numpy,
+)
+from tests.strategies import mlp_gans
 
-SYSTEMS = {"conv_gan": conv_gans(), "dcgan": dcgans()}
+SYSTEMS = {"mlp_gan": mlp_gans(), "conv_gan": conv_gans(), "dcgan": dcgans()}
 each_system = pytest.mark.parametrize("system", SYSTEMS)
 
 GANS = [case for case in CASES if case.name in ("000 GAN", "DCGAN")]
@@ -48,6 +58,25 @@ def test_the_discriminator_takes_what_the_generator_makes(side, system, data):
     assert tuple(fake.shape) == ((n, *size, channels) if side is MLX else (n, channels, *size))
     assert np.abs(to_numpy(fake)).max() <= 1
     assert tuple(discriminator(fake).shape) == (n, 1)
+
+
+@each_side
+@each_system
+def test_images_reach_the_ends_of_their_range_and_logits_know_none(side, system):
+    """A tanh ends the generator and no sigmoid the discriminator."""
+    shape = {k: v for k, v in SHAPE.items() if k != "stages" or system == "dcgan"}
+    if system == "mlp_gan":
+        shape["widths"] = (8, 8, 8)
+        del shape["width"]
+    generator, discriminator = networks(side, system, shape)
+    for network in (generator, discriminator):
+        normal_weights(network)
+        network.eval()
+    real, noise = drawn(side, shape)
+    fake = np.abs(to_numpy(generator(1e3 * noise)))
+    assert 0.99 < fake.max() <= 1
+    logits = np.concatenate([to_numpy(discriminator(s * 1e3 * real)) for s in (-1, 1)])
+    assert np.abs(logits).max() > 1
 
 
 @each_side

@@ -3,6 +3,7 @@
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
@@ -200,6 +201,28 @@ def test_the_second_stage_leaves_the_autoencoder_alone(side: Side):
     file.train_step(model, encoder, optimizer, *batch, schedule(side))
     assert all(map(np.array_equal, before[0], weights(encoder)))
     assert not any(map(np.array_equal, before[1], weights(model)))
+
+
+@each_side
+def test_adam_starts_with_one_learning_rate_of_2e_4(side: Side):
+    """Either stage's: a gradient of 1 moves a weight of 0 by it, but for eps and the correction."""
+    model, make = (
+        (nn if side is MLX else torch.nn).Linear(1, 1),
+        side.latent_diffusion.make_optimizer,
+    )
+    for name in ("weight", "bias"):
+        array = getattr(model, name)
+        if side is MLX:
+            setattr(model, name, mx.zeros_like(array))
+        else:
+            array.data.zero_()
+            array.grad = torch.ones_like(array)
+    if side is MLX:
+        make(model).update(model, {"weight": mx.ones((1, 1)), "bias": mx.ones(1)})
+    else:
+        make(model).step()
+    for name in ("weight", "bias"):
+        assert -getattr(model, name).item() / 2e-4 == pytest.approx(1, abs=EPS / (1 - 0.999))
 
 
 @each_side
