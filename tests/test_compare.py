@@ -314,13 +314,21 @@ def test_the_self_test_counts_verdicts_and_what_a_stored_run_says():
     assert small["verdicts"]["slower"] >= 18
     assert large["verdicts"]["slower"] == 20
     assert none["stored"]["slower"] + none["stored"]["faster"] > 3  # of a tree against itself
-    assert selftest.passed(rows)
+    found = selftest.score(rows)
+    assert selftest.passed(found)
+    assert (found["aa_runs"], found["aa_false"]) == (20, 0)
+    assert found["injected"]["0.05"] == {"runs": 20, "found": small["verdicts"]["slower"]}
+    assert found["injected"]["0.10"] == {"runs": 20, "found": 20}
+    assert found["stored_baseline"]["aa_false"] > 3
+    assert set(found["stored_baseline"]["injected"]) == {"0.05", "0.10"}
 
 
 def test_the_self_test_fails_where_it_should():
     rng = np.random.default_rng(0)
     rows = selftest.summarise([trial_of(rng) for _ in range(20)])
     none, small, large = rows
-    assert not selftest.passed([large, small, large])
-    assert not selftest.passed([none, none, large])
-    assert not selftest.passed([none, small, small | {"verdicts": none["verdicts"]}])
+    less = large | {"slowdown": 0.1, "verdicts": none["verdicts"]}
+    assert not selftest.passed(selftest.score([large, small, large]))
+    assert not selftest.passed(selftest.score([none, none | {"slowdown": 0.05}, large]))
+    assert not selftest.passed(selftest.score([none, small, less]))
+    assert selftest.passed(selftest.score([none, small, large]))
