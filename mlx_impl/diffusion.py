@@ -380,8 +380,8 @@ def ddpm_sample(
 
     ``step_noises`` yields the noise (B, ..., C) of every step but the last, T - 1 in all: a list, a
     stacked array, or a generator that draws it. Put the model in evaluation mode first. Each step
-    is evaluated, so that the graph stays as small as one step; what can be compiled is the model,
-    as ``mx.compile(model)``.
+    is evaluated while the next is prepared, so that the graph stays as small as two; what can be
+    compiled is the model, with :class:`mlx_impl.training.CompiledModel`.
 
     Raises as :func:`ddpm_step`; ValueError for noise that is not finite or ends too early;
     FloatingPointError where the samples cease to be finite.
@@ -651,12 +651,22 @@ def _sample(
     """From noise through every step of the schedule, the last of which is step 0."""
     if not mx.isfinite(noise).all().item():
         raise ValueError("the noise to start from holds NaN or infinity")
-    x = noise
+    x, behind = noise, None
     for t in reversed(range(len(schedule))):
         x = step(x, mx.full(noise.shape[:1], t), t == 0)
-        if not mx.isfinite(x).all().item():  # this evaluates the step
-            raise FloatingPointError(
-                f"NaN or infinity after step {t} of {len(schedule)}: look at what the model "
-                "returns, and at the noise of that step"
-            )
+        finite = mx.isfinite(x).all()
+        mx.async_eval(x, finite)
+        if behind is not None:  # this step runs while the one before is looked at
+            _check_step(*behind, schedule)
+        behind = finite, t
+    assert behind is not None
+    _check_step(*behind, schedule)
     return x
+
+
+def _check_step(finite: mx.array, t: int, schedule: Schedule) -> None:
+    if not finite.item():
+        raise FloatingPointError(
+            f"NaN or infinity after step {t} of {len(schedule)}: look at what the model "
+            "returns, and at the noise of that step"
+        )

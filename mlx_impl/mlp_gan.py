@@ -94,16 +94,18 @@ def train_step(
     just updated. Returns the discriminator's and the generator's loss, each before its own update.
     """
 
-    def d_loss_fn(discriminator: Discriminator) -> mx.array:
-        fake = generator(noise)
+    def d_loss_fn(discriminator: Discriminator, fake: mx.array) -> mx.array:
         return discriminator_loss(discriminator(real), discriminator(fake))
 
-    def g_loss_fn(generator: Generator) -> mx.array:
-        # MLX keeps no tape, so the fake is made again here; compiled, the two forwards are one.
-        return generator_loss_nonsaturating(discriminator(generator(noise)))
+    def g_loss_fn(generator: Generator) -> tuple[mx.array, mx.array]:
+        # MLX keeps no tape to come back to, so the discriminator's half is in here: the fakes that
+        # it was updated on are then those that the generator's loss differentiates.
+        fake = generator(noise)
+        d_loss_and_grad = nn.value_and_grad(discriminator, d_loss_fn)
+        d_loss, d_grads = d_loss_and_grad(discriminator, mx.stop_gradient(fake))
+        optimizer_d.update(discriminator, d_grads)
+        return generator_loss_nonsaturating(discriminator(fake)), d_loss
 
-    d_loss, d_grads = nn.value_and_grad(discriminator, d_loss_fn)(discriminator)
-    optimizer_d.update(discriminator, d_grads)
-    g_loss, g_grads = nn.value_and_grad(generator, g_loss_fn)(generator)
+    (g_loss, d_loss), g_grads = nn.value_and_grad(generator, g_loss_fn)(generator)
     optimizer_g.update(generator, g_grads)
     return d_loss, g_loss

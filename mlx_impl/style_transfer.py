@@ -300,16 +300,30 @@ def style_transfer(
         optimizer = make_optimizer(generated, learning_rate)
         step = partial(train_step, objective=objective)
         compiled = compile_step(step, extractor, generated, optimizer)
+        waiting: tuple[mx.array, ...] | None = None
         for _ in range(steps):
             losses = compiled(*targets)
-            mx.eval(losses, generated.state, optimizer.state)
-            history.append((losses[0].item(), losses[1].item(), losses[2].item()))
-            if on_step is not None:
-                on_step(len(history) - 1, history[-1])
+            mx.async_eval(losses, generated.state, optimizer.state)
+            if waiting is not None:  # the next step runs while this one is told
+                _tell(waiting, history, on_step)
+            waiting = losses
+        assert waiting is not None
+        _tell(waiting, history, on_step)
         image = generated.image
         if level:
             image = nn.Upsample(scale_factor=2, mode="linear", align_corners=False)(image)
     return image, history
+
+
+def _tell(
+    losses: tuple[mx.array, ...],
+    history: list[Losses],
+    on_step: Callable[[int, Losses], None] | None,
+) -> None:
+    content, style, variation = (cast(float, loss.item()) for loss in losses)
+    history.append((content, style, variation))
+    if on_step is not None:
+        on_step(len(history) - 1, history[-1])
 
 
 def _halved(images: mx.array, times: int) -> mx.array:

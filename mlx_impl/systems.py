@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from mlx_impl import conv_gan, dcgan, diffusion, latent_diffusion, mlp_gan, unet
 from mlx_impl.data import Dataset
+from mlx_impl.training import CompiledModel
 
 Settings = dict[str, Any]
 """A run's settings: the common ones, and its system's options, by name."""
@@ -56,6 +57,8 @@ class Training:
         In place of ``sample``, for what makes images of images (B, H, W, C).
     start
         What a new run does before its first step, for instance to load weights.
+    compiled
+        Whether ``sample`` compiles what it calls many times.
     """
 
     modules: dict[str, Any]
@@ -66,6 +69,7 @@ class Training:
     sample: Callable[..., mx.array] | None = None
     reconstruct: Callable[[mx.array], mx.array] | None = None
     start: Callable[[], None] = lambda: None
+    compiled: bool = True
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -218,10 +222,13 @@ def denoising(model: nn.Module, settings: Settings) -> Training:
         timesteps = mx.random.randint(0, len(schedule), (len(images),), key=for_timesteps)
         return images, timesteps, mx.random.normal(images.shape, key=for_noise)
 
-    def sample(key: mx.array, n: int, **options: Any) -> mx.array:
-        return draw_samples(ema, settings, key, (n, *image), **options)
+    compiled = CompiledModel(ema.average)
 
-    return Training(
+    def sample(key: mx.array, n: int, **options: Any) -> mx.array:
+        average = compiled if training.compiled else ema.average
+        return draw_samples(average, settings, key, (n, *image), **options)
+
+    training = Training(
         modules={"model": model, "ema": ema},
         optimizers={"optimizer": diffusion.make_optimizer(model)},
         step=partial(diffusion.ema_train_step, schedule=schedule, target=settings["target"]),
@@ -229,6 +236,7 @@ def denoising(model: nn.Module, settings: Settings) -> Training:
         draw=draw,
         sample=sample,
     )
+    return training
 
 
 def _denoiser(settings: Settings) -> Training:
@@ -350,6 +358,7 @@ def _latent_diffusion(settings: Settings) -> Training:
         )
 
     train_step = partial(latent_diffusion.train_step, schedule=schedule, latent_scale=scale)
+    compiled = CompiledModel(ema.average)
 
     def step(model: Any, autoencoder: Any, ema: Any, optimizer: Any, *arrays: mx.array) -> mx.array:
         loss = train_step(model, autoencoder, optimizer, *arrays)
@@ -372,12 +381,12 @@ def _latent_diffusion(settings: Settings) -> Training:
         keys = iter(mx.random.split(key, len(spaced)))
         noise = mx.random.normal((n, *latent), key=next(keys))
         noises = (mx.random.normal(noise.shape, key=k) for k in keys)
-        average: Any = ema.average
+        average: Any = compiled if training.compiled else ema.average
         return latent_diffusion.sample(
             average, autoencoder, spaced, noise, labels, guidance, scale, noises, eta
         )
 
-    return Training(
+    training = Training(
         modules={"model": model, "autoencoder": autoencoder, "ema": ema},
         optimizers={"optimizer": latent_diffusion.make_optimizer(model)},
         step=step,
@@ -386,6 +395,7 @@ def _latent_diffusion(settings: Settings) -> Training:
         sample=sample,
         start=start,
     )
+    return training
 
 
 SYSTEMS: dict[str, System] = {

@@ -330,6 +330,7 @@ def train(
         batches = len(batch_indices(len(dataset.images), config["batch_size"], _rng(config, 0)))
     end = config["steps"] or config["epochs"] * batches
     training = build(config)
+    training.compiled = compiled
     if resume:
         position = run.load(training)
         run.write_config(config)
@@ -476,10 +477,12 @@ def sample(
                 again = np.array(training.reconstruct(mx.array(images)))
                 made.append(np.stack([images, again], axis=1).reshape(-1, *images.shape[1:]))
         elif training.sample is not None:
-            for start in range(0, n, CHUNK):
+            # Chunks of one size, or the last would be compiled anew; what is too much is left out.
+            chunk = math.ceil(n / math.ceil(n / CHUNK))
+            for _ in range(0, n, chunk):
                 key, own = mx.random.split(key)
-                made.append(np.array(training.sample(own, min(CHUNK, n - start), **options)))
-        return np.concatenate(made)
+                made.append(np.array(training.sample(own, chunk, **options)))
+        return np.concatenate(made)[:n]
     except FloatingPointError as error:  # of a sampler
         raise Failed(str(error)) from error
     finally:

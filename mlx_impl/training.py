@@ -1,10 +1,11 @@
-"""What every training loop shares: one way to compile a step."""
+"""What every training loop shares: how a step and a model are compiled."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 
 def compile_step(step: Callable[..., Any], *stateful: Any) -> Callable[..., Any]:
@@ -22,3 +23,23 @@ def compile_step(step: Callable[..., Any], *stateful: Any) -> Callable[..., Any]
         return step(*stateful, *arrays)
 
     return compiled
+
+
+class CompiledModel:
+    """``model``, whose calls are compiled, for sampling; everything else is the model's own.
+
+    Put it into evaluation mode before the first call: nothing that a call would change in the
+    model, as BatchNorm does in training mode, comes out. The weights go in, so that what it is
+    trained to later is sampled from without another trace; MLX traces once for each set of array
+    shapes.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._compiled = mx.compile(model, inputs=[model.state])
+
+    def __call__(self, *arrays: mx.array) -> Any:
+        return self._compiled(*arrays)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)

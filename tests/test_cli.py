@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_map
 
 import mlx_impl.__main__ as cli
 import mlx_impl.train as training
+from mlx_impl import diffusion
 from mlx_impl.convolution import route
 from mlx_impl.images import read_image, write_png
 from mlx_impl.systems import SYSTEMS
@@ -173,6 +175,23 @@ def test_losses_are_the_means_of_an_epoch(tmp_path, monkeypatch):
         means = [float(row["d_loss"]) for row in csv.DictReader(file)]
     losses = [loss for _, loss in seen]
     assert means == [sum(losses[i : i + 4]) / 4 for i in (0, 4, 8)]
+
+
+@compiles
+def test_a_run_traces_its_step_once(tmp_path, monkeypatch):
+    """50 images are four batches of 12 and two more; a preview is drawn after each epoch."""
+    traces, real = [], training.compile_step
+
+    def spy(step, *parts):
+        def counted(*arguments):
+            traces.append(arguments)
+            return step(*arguments)
+
+        return real(counted, *parts)
+
+    monkeypatch.setattr(training, "compile_step", spy)
+    assert train(tmp_path / "run", compiled=True) == 0
+    assert len(traces) == 1
 
 
 def test_every_step_has_images_and_noise_of_its_own(tmp_path, monkeypatch):
@@ -567,6 +586,33 @@ def diffused(tmp_path_factory) -> Path:
 def test_bad_sampling(diffused, tmp_path, capsys, given, message):
     assert message in refused(capsys, "sample", diffused, "--out", tmp_path / "a.png", *given)
     assert os.listdir(tmp_path) == []
+
+
+@compiles
+def test_sampling_traces_its_model_once(diffused, monkeypatch):
+    """For all chunks, the last of which is not smaller, and for the weights of later epochs."""
+    calls, denoise = [], diffusion.Denoiser.__call__
+
+    def counted(model, x, timesteps):
+        calls.append(len(x))
+        return denoise(model, x, timesteps)
+
+    monkeypatch.setattr(diffusion.Denoiser, "__call__", counted)
+    monkeypatch.setattr(training, "CHUNK", 4)
+    _, trained = training.restore(training.Run(diffused))
+    calls.clear()
+    images = training.sample(trained, 10, mx.random.key(0))
+    assert len(images) == 10
+    assert calls == [4]
+
+    average = trained.modules["ema"].average
+    average.update(tree_map(lambda a: a / 2, average.parameters()))
+    halved = training.sample(trained, 10, mx.random.key(0))
+    assert calls == [4]
+    trained.compiled = False
+    np.testing.assert_allclose(halved, training.sample(trained, 10, mx.random.key(0)), atol=1e-5)
+    assert calls == [4] + [4] * 5 * 3
+    assert np.abs(halved - images).max() > 0.1
 
 
 def test_sampling_options_of_another_system(trained, capsys):

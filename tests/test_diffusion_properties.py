@@ -596,6 +596,19 @@ def test_bad_schedules(side):
         d.linear_schedule(10).respaced([5.5, 1.0])
 
 
+def test_a_step_of_sampling_is_looked_at_while_the_next_one_runs():
+    d, told = mlx_impl.diffusion, []
+
+    def model(x, t):
+        told.append(t[0].item())
+        return x * (float("nan") if told[-1] == 6 else 1)
+
+    x = mx.array(draws(0, 1, 1)[0])
+    with pytest.raises(FloatingPointError, match="after step 6 of 10"):
+        d.ddim_sample(model, d.linear_schedule(10), x)
+    assert told == [9, 8, 7, 6, 5]
+
+
 @each_side
 def test_bad_samplers(side):
     d = side.diffusion

@@ -266,6 +266,31 @@ def extractor(side: Side):
     return side.style_transfer.FeatureExtractor((4, 5, 6))
 
 
+def test_a_step_is_told_of_while_the_next_one_runs(monkeypatch):
+    events, real = [], mlx_style.compile_step
+
+    def spy(step, *parts):
+        compiled = real(step, *parts)
+
+        def watched(*targets):
+            events.append("step")
+            return compiled(*targets)
+
+        return watched
+
+    monkeypatch.setattr(mlx_style, "compile_step", spy)
+    _, history = mlx_style.style_transfer(
+        MLX.images(CONTENT),
+        MLX.images(STYLE),
+        extractor(MLX),
+        mlx_style.DOCUMENT_003,
+        steps=3,
+        on_step=lambda step, losses: events.append(step),
+    )
+    assert events == ["step", "step", 0, "step", 1, 2]
+    assert len(history) == 3
+
+
 @each_side
 @pytest.mark.parametrize("levels", [1, 2])
 def test_the_picture_gets_nearer_to_both_and_stays_one(side, levels):
