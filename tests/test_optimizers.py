@@ -1,5 +1,7 @@
 """Adam and Linear: PyTorch's numbers, one trace, savable and schedulable, MLX's own interface."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -8,6 +10,7 @@ import pytest
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_impl import optimizers
 from mlx_impl.layers import Linear
 from mlx_impl.optimizers import Adam
 from tests.frameworks import EPS, assert_equal_but_for_rounding, assert_layers_alike, assert_within
@@ -56,6 +59,55 @@ def test_adam_is_torchs(betas, compiled):
         run_mlx,
         {f"gradient{i}": g for i, g in enumerate(gradients())},
     )
+
+
+def large():
+    """Parameters and gradients that are worth a second thread."""
+    sizes = {"a": (300, 400), "b": (256, 256), "c": (50_000,), "d": (64,)}
+    draw = mx.random.split(mx.random.key(0), 2 * len(sizes))
+    keys = iter(draw)
+    return [{k: mx.random.normal(s, key=next(keys)) for k, s in sizes.items()} for _ in range(2)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_threads_make_what_one_makes(compiled, monkeypatch):
+    results = []
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr(optimizers, "_half", lambda gradients: set())
+        parameters, g = large()
+        optimizer = Adam(1e-3)
+        optimizer.init(parameters)
+        state = [optimizer.state]
+        update = optimizer.apply_gradients
+        step = mx.compile(update, inputs=state, outputs=state) if compiled else update
+        for _ in range(5):
+            parameters = step(g, parameters)
+            mx.eval(parameters, state)
+        results.append(dict(tree_flatten([parameters, optimizer.state])))
+    for name, array in results[0].items():
+        assert mx.array_equal(array, results[1][name]), name
+
+
+def test_half_of_the_elements_go_to_a_second_thread(monkeypatch):
+    _, g = large()
+    chosen = optimizers._half(g)
+    assert [k for k in g if id(g[k]) in chosen] == ["b", "c"]  # a has 120,000 of 235,600
+    assert optimizers._half({"w": mx.zeros((10_000,)), "b": mx.zeros((9_000,))}) == set()
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert optimizers._half(g) == set()
+
+
+def test_adam_updates_in_a_thread_that_was_started_later():
+    """A stream of MLX's belongs to one thread; the second one must be every thread's own."""
+    parameters, g = large()
+    optimizer = Adam(1e-3)
+    optimizer.init(parameters)
+    mx.eval(parameters, g, optimizer.state)
+    with ThreadPoolExecutor(1) as pool:
+        update = pool.submit(lambda: np.array(optimizer.apply_gradients(g, parameters)["b"]))
+    expected = parameters["b"] - 1e-3 * mx.sign(g["b"])
+    np.testing.assert_allclose(update.result(), np.array(expected), atol=1e-5)
 
 
 def test_adam_saves_and_resumes():
