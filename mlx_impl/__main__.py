@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlx_impl.data import PHOTOGRAPHS, load_picture
 from mlx_impl.images import Images, grid, plot_losses, write_losses, write_png
+from mlx_impl.precision import DTYPES
 from mlx_impl.systems import NEEDED, SYSTEMS, Option, Settings
 from mlx_impl.train import (
     Failed,
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
                 Option("epochs", None, "or after so many times through the data", _positive),
                 Option("batch_size", system.batch_size, "images a step", _positive),
                 Option("learning_rate", None, "in place of the system's own", _rate),
+                COMPUTING,
                 Option("seed", 0, "of the weights, the order and the noise", _natural),
                 Option(
                     "preview_every", None, "epochs from grid to grid (default: 20 grids)", _positive
@@ -118,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
         (
             Option("number", 100, "how many", _positive),
             Option("seed", 0, "of the noise", _natural),
+            DRAWING,
             Option("columns", None, "in a row of the grid", _positive),
             Option("scale", 1, "enlarge each pixel so many times", _positive),
         ),
@@ -136,7 +139,11 @@ def parser() -> argparse.ArgumentParser:
     _add(
         scoring,
         "images",
-        (Option("number", 500, "how many", _positive), Option("seed", 0, "of the noise", _natural)),
+        (
+            Option("number", 500, "how many", _positive),
+            Option("seed", 0, "of the noise", _natural),
+            DRAWING,
+        ),
     )
     _add_sampling(scoring)
 
@@ -234,6 +241,9 @@ _natural.__name__ = _positive.__name__ = "whole number"  # in argparse's "invali
 _rate.__name__ = "number"
 
 
+COMPUTING = Option("dtype", "float32", "of the products; weights stay float32", str, tuple(DTYPES))
+DRAWING = Option("dtype", None, "of the products (default: as trained)", str, tuple(DTYPES))
+
 PAINTING = (
     Option("size", 512, "of the picture's longer side, at most"),
     Option("steps", 500, "at each size"),
@@ -245,6 +255,7 @@ PAINTING = (
     Option("learning_rate", 0.02, "how far a step moves a pixel, of 1", float),
     Option("pooling", "avg", "of VGG; the paper found avg to look better", str, ("avg", "max")),
     Option("seed", 0, "of random weights, of noise and of a generated content", _natural),
+    COMPUTING,
 )
 
 GENERATED = "generated"
@@ -273,7 +284,10 @@ def train_command(options: Settings, console: Console) -> int:
             "without losses.png, which needs matplotlib: python -m pip install matplotlib"
         )
     n, h, w, c = dataset.images.shape
-    console.print(f"{system} on {n} images of {h} x {w} x {c}, on {_device()}")
+    computed = "" if config["dtype"] == "float32" else f" in {config['dtype']}"
+    console.print(f"{system} on {n} images of {h} x {w} x {c}, on {_device()}{computed}")
+    if computed and mx.default_device().type == mx.DeviceType.cpu:
+        console.print("MLX's CPU backend has no products of bfloat16: this is slower than float32")
 
     columns = (
         TextColumn("{task.description}"),
@@ -346,7 +360,7 @@ def score_command(options: Settings, console: Console) -> int:
 
 def _drawn(run: Run, number: int, seed: int, options: Settings) -> tuple[Images, Settings]:
     """Images from a run, by the sampling options given, and the run's settings."""
-    config, training = restore(run)
+    config, training = restore(run, options.pop("dtype", None))
     allowed = {option.name for option in SYSTEMS[config["system"]].sampling}
     if wrong := sorted(options.keys() - allowed):
         flags = ", ".join(map(_flag, wrong))

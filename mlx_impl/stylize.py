@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_impl.images import Pixels, cover, to_pixels
+from mlx_impl.precision import DTYPES, mixed
 from mlx_impl.style_transfer import (
     DOCUMENT_003,
     GATYS,
@@ -48,13 +49,15 @@ def paint(
     learning_rate: float = 0.02,
     pooling: str = "avg",
     seed: int = 0,
+    dtype: str = "float32",
     on_step: Callable[[int, Losses], None] | None = None,
 ) -> tuple[Pixels, list[dict[str, float | int]]]:
     """The picture, of the content's proportions, and the weighted losses before each step.
 
     ``content`` and ``style`` are bytes (H, W, 3) of any size; both are reduced to a longer side of
     ``size`` where they are larger. ``weights`` are those of :func:`make_extractor`. ``start`` is
-    "content" or "noise", even in [0, 1] and drawn with ``seed``.
+    "content" or "noise", even in [0, 1] and drawn with ``seed``. ``dtype``, "float32" or
+    "bfloat16", is what is multiplied in.
 
     Raises ValueError: sizes, weights or a start that cannot be, and as :func:`make_extractor`.
     """
@@ -78,7 +81,7 @@ def paint(
         _reduced(pixels, size, 2 ** (levels - 1)) for pixels in (content, style)
     )
     noise = mx.random.uniform(shape=content_image.shape, key=mx.random.key(seed))
-    image, history = style_transfer(
+    image, history = mixed(style_transfer, DTYPES[dtype])(
         content_image,
         style_image,
         extractor,

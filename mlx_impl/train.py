@@ -43,6 +43,7 @@ from mlx_impl.images import (
     write_losses,
     write_png,
 )
+from mlx_impl.precision import DTYPES, mixed
 from mlx_impl.systems import SYSTEMS, Settings, Training
 from mlx_impl.training import compile_step
 
@@ -135,7 +136,7 @@ class Run:
             raise Refused(f"{self.config} is damaged: {error!r}") from error
         if system not in SYSTEMS:
             raise Refused(f"{self.config}: there is no system {system!r}: {', '.join(SYSTEMS)}")
-        return _with_tuples(config)
+        return {"dtype": "float32", **_with_tuples(config)}  # as of runs before there was a choice
 
     def read_losses(self, epochs: int) -> list[dict[str, float | int]]:
         """The rows of the first ``epochs`` epochs."""
@@ -225,6 +226,7 @@ def new_config(system: str, given: Settings) -> tuple[Settings, Dataset]:
         "steps": None if "epochs" in given else entry.steps,
         "batch_size": entry.batch_size,
         "learning_rate": None,
+        "dtype": "float32",
         "seed": 0,
         "preview_every": None,
         **{option.name: option.default for option in entry.options},
@@ -298,10 +300,17 @@ def _fingerprint(dataset: Dataset) -> str:
 
 
 def build(config: Settings) -> Training:
-    """The system of a run with its initial weights, which the seed decides."""
+    """The system of a run with its initial weights, which the seed decides.
+
+    They are float32 whatever it computes in, and so are its checkpoints.
+    """
     mx.random.seed(config["seed"])
     with refusing(ValueError):
         training = SYSTEMS[config["system"]].build(config)
+    dtype = DTYPES[config["dtype"]]
+    training.step = mixed(training.step, dtype)
+    training.sample = training.sample and mixed(training.sample, dtype)
+    training.reconstruct = training.reconstruct and mixed(training.reconstruct, dtype)
     for optimizer in training.optimizers.values():
         if config["learning_rate"] is not None:
             optimizer.learning_rate = config["learning_rate"]
@@ -490,9 +499,14 @@ def sample(
             module.train()
 
 
-def restore(run: Run) -> tuple[Settings, Training]:
-    """A run's settings and its system with the weights of the checkpoint."""
+def restore(run: Run, dtype: str | None = None) -> tuple[Settings, Training]:
+    """A run's settings and its system with the weights of the checkpoint.
+
+    It computes in ``dtype``, or in what it was trained in.
+    """
     config = run.read_config()
+    if dtype is not None:
+        config["dtype"] = dtype
     training = build(config)
     run.load(training)
     return config, training

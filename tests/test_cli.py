@@ -324,6 +324,41 @@ def test_the_compiled_step_is_the_uncompiled_one(tmp_path, system):
     )
 
 
+@pytest.mark.parametrize("system", ["dcgan", "diffusion", "autoencoder"])
+def test_training_in_bfloat16_keeps_float32_and_samples_in_either(tmp_path, capsys, system):
+    """Other losses than float32's, near them; a checkpoint that either reads."""
+    for dtype in ("float32", "bfloat16"):
+        assert train(tmp_path / dtype, "--dtype", dtype, system=system) == 0
+    assert "in bfloat16" in capsys.readouterr().err
+    arrays = mx.load(str(tmp_path / "bfloat16" / "checkpoint" / "last.safetensors"))
+    assert mx.bfloat16 not in {a.dtype for a in arrays.values()}
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        with (tmp_path / dtype / "losses.csv").open() as file:
+            losses.append([float(row[TINY[system].losses[0]]) for row in csv.DictReader(file)])
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(*losses, rtol=0.05)
+    drawn = []
+    for dtype in ("float32", "bfloat16", None):
+        config, restored = training.restore(training.Run(tmp_path / "bfloat16"), dtype)
+        real = training.load(config).images
+        drawn.append(training.sample(restored, 4, mx.random.key(0), real))
+    assert {images.dtype for images in drawn} == {np.dtype(np.float32)}
+    assert (drawn[1] == drawn[2]).all()
+    assert (drawn[0] != drawn[1]).any()
+    assert run("sample", tmp_path / "bfloat16", "--number", "4", "--dtype", "float32") == 0
+
+
+def test_a_run_from_before_there_was_a_choice_is_float32(copied, capsys):
+    config = json.loads((copied / "config.json").read_text())
+    assert config.pop("dtype") == "float32"
+    (copied / "config.json").write_text(json.dumps(config))
+    more = ("train", "mlp-gan", "--out", copied, "--resume", "--epochs", "4", "--no-compile")
+    assert run(*more, "--dtype", "bfloat16") == 2
+    assert "trained with dtype float32, not bfloat16" in " ".join(capsys.readouterr().err.split())
+    assert run(*more) == 0
+
+
 def test_sampling_moves_no_running_statistics(tmp_path):
     assert train(tmp_path / "run", "--epochs", "1", system="dcgan") == 0
     _, trained = training.restore(training.Run(tmp_path / "run"))

@@ -131,6 +131,7 @@ PAINTED = ["--start", "noise", "--steps", "2"]
         ["--learning-rate", "0.01"],
         ["--pooling", "max"],
         ["--seed", "1"],
+        ["--dtype", "bfloat16"],
     ],
     ids=lambda given: given[0],
 )
