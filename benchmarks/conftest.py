@@ -179,6 +179,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"{identity['torch_threads']} threads",
         highlight=False,
     )
+    if shares := [row["harness_share"] for row in found if row["harness_share"] is not None]:
+        console.print(f"the loop around a step took {max(shares):.2%} of it at most")
     complaints = list(config.stash[_complaints])
     others = max(row["others_cpu"] for row in found)
     if others > BUSY:

@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks import systems
-from benchmarks.contenders import break_even
+from benchmarks.contenders import break_even, harness_seconds
 from benchmarks.statistics import Ratio, noise_floor, paired_ratio
 from benchmarks.systems import Subject
 
@@ -59,12 +59,14 @@ def row(rounds: Rounds, device: str, peak: float) -> dict[str, Any]:
         "noise": noise_floor(control) if control else None,
         "peak_memory_mb": compiled.get("peak_memory_mb"),
         "trace_ms": compiled.get("trace_ms"),
+        "code_generation_ms": code_generation(compiled, ms),
         "first_call_ms": compiled.get("first_call_ms"),
         "break_even_steps": break_even(compiled, uncompiled, ms) if uncompiled and ms else None,
         "traces": compiled.get("traces"),
         "flops": operations,
         "matmul_peak_flops": peak,
         "share_of_matmul_peak": operations / (ms / 1e3) / peak if operations and ms else None,
+        "harness_share": harness_share(compiled, ms),
         "others_cpu": max(info.get("others_cpu", 0.0) for info in rounds.info.values()),
     }
     for name, arm in (
@@ -78,6 +80,19 @@ def row(rounds: Rounds, device: str, peak: float) -> dict[str, Any]:
         found[f"{name}_interval"] = [ratio.low, ratio.high] if ratio else None
         found[f"{name}_confidence"] = ratio.confidence if ratio else None
     return found
+
+
+def code_generation(compiled: dict[str, Any], ms: float | None) -> float | None:
+    """Milliseconds of the first call beyond its trace and a step; None where it was not made."""
+    if ms is None or "first_call_ms" not in compiled or "trace_ms" not in compiled:
+        return None
+    return max(0.0, compiled["first_call_ms"] - compiled["trace_ms"] - ms)
+
+
+def harness_share(compiled: dict[str, Any], ms: float | None) -> float | None:
+    """Of the time of a step, what the loop around it took."""
+    steps = compiled.get("steps_per_round")
+    return harness_seconds(steps) / (ms / 1e3) if ms and steps else None
 
 
 Columns = dict[str, tuple[str, str]]
@@ -97,6 +112,7 @@ THROUGHPUT: Columns = {
 COST: Columns = {
     "first call\ns": ("first_call_ms", "{:.2f}"),
     "of it\ntrace s": ("trace_ms", "{:.2f}"),
+    "and\ncode s": ("code_generation_ms", "{:.2f}"),
     "paid back\nafter steps": ("break_even_steps", "{}"),
     "traces": ("traces", "{}"),
     "not waiting\nfor each": ("compiled_over_async", "{:.2f}x"),
@@ -104,7 +120,7 @@ COST: Columns = {
     "of matmul\npeak": ("share_of_matmul_peak", "{:.0%}"),
     "peak\nMB": ("peak_memory_mb", "{:.0f}"),
 }
-UNITS = {"first_call_ms": 1e3, "trace_ms": 1e3, "flops": 1e9}
+UNITS = {"first_call_ms": 1e3, "trace_ms": 1e3, "code_generation_ms": 1e3, "flops": 1e9}
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Table]:
