@@ -9,7 +9,9 @@ A convolution is linear in its image and in its kernel. Pair its result with a t
 
 The derivatives of each of the three are the other two. So three fast operations, each with the
 others as its gradients, are all that first derivatives need, and second ones (a gradient penalty),
-and third. A transposed convolution is ``by_image`` with the kernel's channels exchanged.
+and third. A transposed convolution is ``by_image`` with the kernel's channels exchanged. They are
+not exchanged in memory, where it would take as long as the product: a kernel may come as it is
+(:attr:`Geometry.turned`).
 
 Each of the three can take one of several routes (:data:`ROUTES`). :func:`choose` picks one by the
 backend and tells what is slow in MLX otherwise; :func:`cheapest` by the geometry, on a CPU.
@@ -47,6 +49,8 @@ class Geometry(NamedTuple):
     padding: Pair
     dilation: Pair
     groups: int
+    turned: bool = False
+    """Whether the kernel is (C, K, L, O), a transposed convolution's, and not (O, K, L, C / G)."""
 
     def reach(self, axis: int) -> int:
         """Extent of the dilated kernel along one axis."""
@@ -96,6 +100,7 @@ def _adjoint_maps(g: Geometry) -> Maps:
     """
 
     def conv(image: mx.array, kernel: mx.array) -> mx.array:
+        kernel = kernel.transpose(3, 1, 2, 0) if g.turned else kernel
         y = mx.conv2d(image, kernel, g.stride, g.padding, g.dilation, g.groups)
         return y[:, : g.result[0], : g.result[1]]
 
@@ -115,11 +120,19 @@ def _vjp(linear: Callable[[mx.array], mx.array], shape: list[int], cotangent: mx
 
 
 def _shape_of_image(g: Geometry, result: mx.array, kernel: mx.array) -> list[int]:
-    return [result.shape[0], *g.image, kernel.shape[3] * g.groups]
+    c, _ = _channels(g, kernel)
+    return [result.shape[0], *g.image, c * g.groups]
 
 
 def _shape_of_kernel(g: Geometry, image: mx.array, result: mx.array) -> list[int]:
-    return [result.shape[3], *g.kernel, image.shape[3] // g.groups]
+    c, f = image.shape[3] // g.groups, result.shape[3]
+    return [c, *g.kernel, f] if g.turned else [f, *g.kernel, c]
+
+
+def _channels(g: Geometry, kernel: mx.array) -> Pair:
+    """C / G, the image's channels that a result sees, and O."""
+    first, *_, last = kernel.shape
+    return (first, last) if g.turned else (last, first)
 
 
 # --- Lowered to matrix products -------------------------------------------------------------------
@@ -157,15 +170,19 @@ def _patches_maps(g: Geometry) -> Maps:
         flat = result.reshape(-1, g.groups, result.shape[3] // g.groups)
         return flat.swapaxes(0, 1)  # (G, N h w, O / G)
 
+    def as_rows(kernel: mx.array) -> mx.array:
+        """(G, O / G, K L C / G)."""
+        if g.turned:
+            return kernel.transpose(1, 2, 0, 3).reshape(1, -1, kernel.shape[3]).swapaxes(1, 2)
+        return kernel.reshape(g.groups, kernel.shape[0] // g.groups, -1)
+
     def conv(image: mx.array, kernel: mx.array) -> mx.array:
-        y = patches(image) @ kernel.reshape(g.groups, kernel.shape[0] // g.groups, -1).swapaxes(
-            1, 2
-        )
-        return y.swapaxes(0, 1).reshape(image.shape[0], h, w, kernel.shape[0])
+        y = patches(image) @ as_rows(kernel).swapaxes(1, 2)
+        return y.swapaxes(0, 1).reshape(image.shape[0], h, w, -1)
 
     def by_image(result: mx.array, kernel: mx.array) -> mx.array:
-        N, c = result.shape[0], kernel.shape[3]
-        rows = grouped(result) @ kernel.reshape(g.groups, kernel.shape[0] // g.groups, -1)
+        N, (c, _) = result.shape[0], _channels(g, kernel)
+        rows = grouped(result) @ as_rows(kernel)
         rows = rows.reshape(g.groups * N * h, w, K, L * c)
         # Patches overlap: add them up along one axis, then along the other.
         rows = rows.swapaxes(1, 2).reshape(g.groups, N, h, K, w * L * c)
@@ -175,6 +192,10 @@ def _patches_maps(g: Geometry) -> Maps:
         return _fitted(y, g.image, (-g.padding[0], -g.padding[1]))
 
     def by_kernel(image: mx.array, result: mx.array) -> mx.array:
+        if g.turned:
+            kernel = patches(image).swapaxes(1, 2) @ grouped(result)  # (1, K L C, O)
+            whole = kernel.reshape(K, L, -1, result.shape[3]).transpose(2, 0, 1, 3)
+            return mx.contiguous(whole)  # or Adam would read it so, three times
         kernel = grouped(result).swapaxes(1, 2) @ patches(image)  # (G, O / G, K L C / G)
         return kernel.reshape(_shape_of_kernel(g, image, result))
 
@@ -231,11 +252,14 @@ def _taps_maps(g: Geometry) -> Maps:
         return rows.swapaxes(0, 1) if g.groups == 1 else mx.contiguous(rows.swapaxes(0, 1))
 
     def by_tap(kernel: mx.array) -> mx.array:
+        """(K, L, G, O / G, C / G)."""
+        if g.turned:
+            return mx.contiguous(kernel.transpose(1, 2, 0, 3))[:, :, None].swapaxes(3, 4)
         split = kernel.reshape(g.groups, -1, K, L, kernel.shape[3]).transpose(2, 3, 0, 1, 4)
-        return mx.contiguous(split)  # (K, L, G, O / G, C / G)
+        return mx.contiguous(split)
 
     def conv(image: mx.array, kernel: mx.array) -> mx.array:
-        N, f = image.shape[0], kernel.shape[0] // g.groups
+        N, f = image.shape[0], _channels(g, kernel)[1] // g.groups
         x, of_tap = planes(image), by_tap(kernel)
         rows = N * H * W - last
         y: mx.array | None = None
@@ -249,7 +273,7 @@ def _taps_maps(g: Geometry) -> Maps:
         return wanted.reshape(N, h, w, g.groups * f)
 
     def by_image(result: mx.array, kernel: mx.array) -> mx.array:
-        N, c = result.shape[0], kernel.shape[3]
+        N, (c, _) = result.shape[0], _channels(g, kernel)
         y, of_tap = grid(result, 1), by_tap(kernel)
         rows = N * H * W
         x: dict[Pair, mx.array] = {}
@@ -274,8 +298,10 @@ def _taps_maps(g: Geometry) -> Maps:
             stop = min(rows, (start + 1) * block)
             a = y[:, :, start * block : stop]
             b = x[s, t, :, start * block + shift : stop + shift]
+            if g.turned:
+                a, b = b.swapaxes(1, 2), a.swapaxes(1, 2)
             if start == 0:
-                found.append(a @ b)  # (G, O / G, C / G)
+                found.append(a @ b)  # (G, O / G, C / G), or (1, C, O)
             else:
                 found[tap] = mx.addmm(found[tap], a, b)
         return mx.stack(found, axis=2).reshape(_shape_of_kernel(g, image, result))
@@ -288,7 +314,7 @@ def _folded_maps(g: Geometry) -> Maps:
     (K, L), (S, T) = g.kernel, g.stride
     H, W = g.seen(0) // S, g.seen(1) // T
     inner = _taps_maps(
-        Geometry((H, W), g.result, (K // S, L // T), (1, 1), (0, 0), (1, 1), groups=1)
+        Geometry((H, W), g.result, (K // S, L // T), (1, 1), (0, 0), (1, 1), 1, g.turned)
     )
 
     def fold(x: mx.array) -> mx.array:
@@ -302,17 +328,30 @@ def _folded_maps(g: Geometry) -> Maps:
         blocks = x.reshape(N, rows, columns, S, T, C // (S * T)).swapaxes(2, 3)
         return blocks.reshape(N, rows * S, columns * T, C // (S * T))
 
+    def fold_kernel(kernel: mx.array) -> mx.array:
+        if not g.turned:
+            return fold(kernel)
+        c, f = _channels(g, kernel)
+        blocks = kernel.reshape(c, K // S, S, L // T, T, f).transpose(2, 4, 0, 1, 3, 5)
+        return blocks.reshape(S * T * c, K // S, L // T, f)
+
+    def unfold_kernel(folded: mx.array) -> mx.array:
+        if not g.turned:
+            return unfold(folded)
+        blocks = folded.reshape(S, T, -1, K // S, L // T, folded.shape[3])
+        return blocks.transpose(2, 3, 0, 4, 1, 5).reshape(-1, K, L, folded.shape[3])
+
     def planes(image: mx.array) -> mx.array:
         return fold(_fitted(image, (H * S, W * T), g.padding))
 
     def by_image(result: mx.array, kernel: mx.array) -> mx.array:
-        whole = unfold(inner.by_image(result, fold(kernel)))
+        whole = unfold(inner.by_image(result, fold_kernel(kernel)))
         return _fitted(whole, g.image, (-g.padding[0], -g.padding[1]))
 
     return Maps(
-        lambda image, kernel: inner.conv(planes(image), fold(kernel)),
+        lambda image, kernel: inner.conv(planes(image), fold_kernel(kernel)),
         by_image,
-        lambda image, result: unfold(inner.by_kernel(planes(image), result)),
+        lambda image, result: unfold_kernel(inner.by_kernel(planes(image), result)),
     )
 
 
@@ -405,7 +444,8 @@ def cheapest(map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
         costs["patches"] = copied(pixels * taps * C)
     if g.groups == 1 and g.dilation == (1, 1):  # elsewhere MLX runs its scalar loop
         if map_name != "by_image":
-            costs["adjoint"] = 0.99 * costs["patches"]  # the same, in one operation
+            # The same, in one operation; but it turns the kernel over, against its order in memory.
+            costs["adjoint"] = 0.99 * costs["patches"] + (5.0 * kernel if g.turned else 0.0)
         elif g.stride == (1, 1):
             # Patches of the result; and the kernel turned over, against its order in memory.
             costs["adjoint"] = copied(batch * prod(g.image) * taps * F) + 5.0 * kernel
@@ -443,11 +483,11 @@ def _differentiable(g: Geometry, route: str) -> Maps:
 
     def routed(map_name: str) -> BilinearMap:
         def run(a: mx.array, b: mx.array) -> mx.array:
-            channels = {
-                "conv": (a.shape[3], b.shape[0]),
-                "by_image": (b.shape[3] * g.groups, b.shape[0]),
-                "by_kernel": (a.shape[3], b.shape[3]),
-            }[map_name]
+            if map_name == "by_kernel":
+                channels = a.shape[3], b.shape[3]
+            else:
+                c, f = _channels(g, b)
+                channels = c * g.groups, f
             taken = cheapest(map_name, g, a.shape[0], channels) if route == "cheapest" else route
             risky = taken == "adjoint" and map_name == "by_image" and backend() == "cuda"
             if risky and gets_anothers_plan(g, a.shape[0], channels, mx.result_type(a, b)):
@@ -521,6 +561,5 @@ def conv_transpose2d(
     taken = choose(backend(), right) if _forced == "auto" else _forced
     if min(H, W, x.size, weight.size) < 1 or taken == "native":
         return mx.conv_transpose2d(x, weight, s, p, d, o)
-    g = Geometry((H, W), result, kernel, s, p, d, 1)
-    by_image = _differentiable(g, taken).by_image
-    return single_on_cpu(lambda a, b: by_image(a, b.transpose(3, 1, 2, 0)), x, weight)
+    g = Geometry((H, W), result, kernel, s, p, d, 1, turned=True)
+    return single_on_cpu(_differentiable(g, taken).by_image, x, weight)

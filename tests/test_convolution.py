@@ -22,7 +22,19 @@ DOUBLE = 2.0**-53
 
 def geometry(shape) -> Geometry:
     names = ("image", "result", "kernel", "stride", "padding", "dilation")
-    return Geometry(*(shape[n] for n in names), shape.get("groups", 1))
+    return Geometry(*(shape[n] for n in names), shape.get("groups", 1), shape.get("turned", False))
+
+
+@st.composite
+def of_either_layer(draw):
+    """A geometry, and whether the kernel is laid out as a transposed convolution's."""
+    transposed = draw(st.booleans())
+    return {**draw(geometries(transposed)), "turned": transposed}
+
+
+def turn(kernel):
+    """From a convolution's layout to a transposed convolution's, and back."""
+    return kernel.transpose(3, 1, 2, 0)
 
 
 def arrays(shape, seed=0, dtype=np.float64):
@@ -31,22 +43,43 @@ def arrays(shape, seed=0, dtype=np.float64):
     c, f, g = shape["channels"], shape["filters"], shape.get("groups", 1)
     image, result = ((shape["batch"], *shape[n]) for n in ("image", "result"))
     sizes = (*image, c), (f, *shape["kernel"], c // g), (*result, f)
-    return tuple(rng.standard_normal(size).astype(dtype) for size in sizes)
+    drawn = [rng.standard_normal(size).astype(dtype) for size in sizes]
+    if shape.get("turned"):
+        drawn[1] = turn(drawn[1]).copy()
+    return tuple(drawn)
 
 
 def torch_maps(g: Geometry, image, kernel, result):
     """PyTorch's convolution and both gradients, of arrays in MLX's layouts."""
+    kernel = turn(kernel) if g.turned else kernel
     x, w, y = (torch.tensor(a.transpose(0, 3, 1, 2)) for a in (image, kernel, result))
     x.requires_grad_()
     w.requires_grad_()
     out = torch.nn.functional.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups)
     out = out[:, :, : g.result[0], : g.result[1]]
     grads = torch.autograd.grad(out, (x, w), y)
-    return [t.detach().numpy().transpose(0, 2, 3, 1) for t in (out, *grads)]
+    found = [t.detach().numpy().transpose(0, 2, 3, 1) for t in (out, *grads)]
+    return [*found[:2], turn(found[2]) if g.turned else found[2]]
 
 
-@given(st.booleans().flatmap(geometries), st.integers(0, 99))
+@given(of_either_layer(), st.integers(0, 99))
 def test_the_lowered_maps_are_pytorchs_in_double_precision(shape, seed):
+    hold_in_double_precision(shape, seed)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("stride", [(2, 2), (3, 1), (2, 3)])
+def test_so_are_those_of_kernels_of_whole_strides(stride, turned):
+    """They are folded, which few of the drawn ones are."""
+    kernel = (2 * stride[0], stride[1])
+    image = (stride[0] + kernel[0] - 2 + 1, 2 * stride[1] + kernel[1])
+    shape = {"batch": 2, "channels": 3, "filters": 5, "image": image, "result": (2, 3)}
+    shape |= {"kernel": kernel, "stride": stride, "padding": (1, 0), "dilation": (1, 1)}
+    assert geometry(shape).folds == stride[0] * stride[1]
+    hold_in_double_precision({**shape, "turned": turned}, 0)
+
+
+def hold_in_double_precision(shape, seed):
     """Within the bound of a product of n terms in any order, ``n u |A| |B|`` (Higham, Eq. 3.13)."""
     g, drawn = geometry(shape), arrays(shape, seed)
     expected = torch_maps(g, *drawn)
@@ -64,7 +97,7 @@ def test_the_lowered_maps_are_pytorchs_in_double_precision(shape, seed):
                 assert (np.abs(np.array(ours) - theirs) <= 2 * terms * DOUBLE * size).all(), name
 
 
-@given(st.booleans().flatmap(geometries), st.integers(0, 99), st.sampled_from(LOWERED))
+@given(of_either_layer(), st.integers(0, 99), st.sampled_from(LOWERED))
 def test_the_gradients_of_each_map_are_the_other_two(shape, seed, name):
     """The kernel's gradient has gradients as well, which only a penalty on it would ask for."""
     maps = convolution._differentiable(geometry(shape), name)
@@ -80,6 +113,17 @@ def test_the_gradients_of_each_map_are_the_other_two(shape, seed, name):
                 mx.vjp(function, primals, [cotangent])[1], expected, strict=True
             ):
                 assert mx.array_equal(found, other)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("name", LOWERED)
+def test_the_gradient_of_a_turned_kernel_lies_in_memory_as_the_kernel_does(name, stride):
+    """What reads it next, Adam, would otherwise skip through memory."""
+    x, w = mx.ones((2, 3, 5, 6)), mx.ones((4, 4, 4, 6))
+    with route(name):
+        gradient = mx.grad(lambda w: conv_transpose2d(x, w, stride, 1).sum())(w)
+    mx.eval(gradient)
+    assert memoryview(gradient).c_contiguous
 
 
 @pytest.mark.parametrize("name", convolution.ROUTES)
@@ -218,6 +262,14 @@ def test_the_cheapest_is_never_the_scalar_loop(shape, batch, channels, filters):
 def test_the_cheapest_was_measured(field, size, channels, expected):
     g = Geometry(size, size, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     assert cheapest(field, g, 1, channels) == expected
+
+
+def test_a_turned_kernel_is_not_handed_to_mlx_which_would_turn_it_back():
+    g = Geometry((8, 8), (4, 4), (4, 4), (2, 2), (1, 1), (1, 1), 1)
+    routes = {cheapest(field, g, 8, (256, 512)) for field in Maps._fields}
+    turned = {cheapest(field, g._replace(turned=True), 8, (256, 512)) for field in Maps._fields}
+    assert "adjoint" in routes
+    assert "adjoint" not in turned
 
 
 @pytest.mark.parametrize("name", convolution.ROUTES)
