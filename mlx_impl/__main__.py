@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_impl.data import PHOTOGRAPHS, load_picture
 from mlx_impl.images import Images, grid, plot_losses, write_losses, write_png
 from mlx_impl.precision import DTYPES
-from mlx_impl.systems import NEEDED, SYSTEMS, Option, Settings
+from mlx_impl.systems import NEEDED, SYSTEMS, Option, Settings, natural, positive, rate, weight
 from mlx_impl.train import (
     Failed,
     Position,
@@ -82,21 +82,21 @@ def parser() -> argparse.ArgumentParser:
                 Option("data", "digits", "digits, mnist, photos, an IDX file or a folder", str),
                 Option("image_size", size, "HEIGHTxWIDTH, or one number", _size),
                 Option("channels", None, "convert to grey or colour", choices=(1, 3)),
-                Option("limit", None, "use at most so many images", _positive),
+                Option("limit", None, "use at most so many images", positive),
             ),
         )
         _add(
             one,
             "training",
             (
-                Option("steps", system.steps, "when to stop", _positive),
-                Option("epochs", None, "or after so many times through the data", _positive),
-                Option("batch_size", system.batch_size, "images a step", _positive),
-                Option("learning_rate", None, "in place of the system's own", _rate),
+                Option("steps", system.steps, "when to stop", positive),
+                Option("epochs", None, "or after so many times through the data", positive),
+                Option("batch_size", system.batch_size, "images a step", positive),
+                Option("learning_rate", None, "in place of the system's own", rate),
                 COMPUTING,
-                Option("seed", 0, "of the weights, the order and the noise", _natural),
+                Option("seed", 0, "of the weights, the order and the noise", natural),
                 Option(
-                    "preview_every", None, "epochs from grid to grid (default: 20 grids)", _positive
+                    "preview_every", None, "epochs from grid to grid (default: 20 grids)", positive
                 ),
             ),
         )
@@ -118,11 +118,11 @@ def parser() -> argparse.ArgumentParser:
         drawing,
         "images",
         (
-            Option("number", 100, "how many", _positive),
-            Option("seed", 0, "of the noise", _natural),
+            Option("number", 100, "how many", positive),
+            Option("seed", 0, "of the noise", natural),
             DRAWING,
-            Option("columns", None, "in a row of the grid", _positive),
-            Option("scale", 1, "enlarge each pixel so many times", _positive),
+            Option("columns", None, "in a row of the grid", positive),
+            Option("scale", 1, "enlarge each pixel so many times", positive),
         ),
     )
     _add_sampling(drawing)
@@ -140,8 +140,8 @@ def parser() -> argparse.ArgumentParser:
         scoring,
         "images",
         (
-            Option("number", 500, "how many", _positive),
-            Option("seed", 0, "of the noise", _natural),
+            Option("number", 500, "how many", positive),
+            Option("seed", 0, "of the noise", natural),
             DRAWING,
         ),
     )
@@ -216,45 +216,20 @@ def _size(text: str) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def _natural(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
-def _rate(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
-
-
-_natural.__name__ = _positive.__name__ = "whole number"  # in argparse's "invalid ... value"
-_rate.__name__ = "number"
-
-
 COMPUTING = Option("dtype", "float32", "of the products; weights stay float32", str, tuple(DTYPES))
 DRAWING = Option("dtype", None, "of the products (default: as trained)", str, tuple(DTYPES))
 
 PAINTING = (
-    Option("size", 512, "of the picture's longer side, at most"),
-    Option("steps", 500, "at each size"),
-    Option("levels", 1, "sizes, each twice the one before"),
+    Option("size", 512, "of the picture's longer side, at most", positive),
+    Option("steps", 500, "at each size", positive),
+    Option("levels", 1, "sizes, each twice the one before", positive),
     Option("start", "content", "what is painted over", str, ("content", "noise")),
-    Option("content_weight", 1.0, "of the content's features", float),
-    Option("style_weight", 1e3, "of the style's Gram matrices", float),
-    Option("variation_weight", 0.0, "of the differences between neighbouring pixels", float),
-    Option("learning_rate", 0.02, "how far a step moves a pixel, of 1", float),
+    Option("content_weight", 1.0, "of the content's features", weight),
+    Option("style_weight", 1e3, "of the style's Gram matrices", weight),
+    Option("variation_weight", 0.0, "of the differences between neighbouring pixels", weight),
+    Option("learning_rate", 0.02, "how far a step moves a pixel, of 1", rate),
     Option("pooling", "avg", "of VGG; the paper found avg to look better", str, ("avg", "max")),
-    Option("seed", 0, "of random weights, of noise and of a generated content", _natural),
+    Option("seed", 0, "of random weights, of noise and of a generated content", natural),
     COMPUTING,
 )
 

@@ -349,7 +349,9 @@ def _idx_numbers(path: Path, rank: int, what: str) -> NDArray[Any]:
     dtype, start = _IDX_DTYPES[content[2]], 4 + 4 * rank
     shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
     expected = start + math.prod(shape) * dtype.itemsize
-    if len(content) < start or len(content) != expected:
+    if len(content) < start:
+        raise ValueError(f"{path} is truncated or damaged: it ends after {len(content)} bytes")
+    if len(content) != expected:
         raise ValueError(
             f"{path} is truncated or damaged: it has {len(content)} bytes, "
             f"but {expected} are in {' x '.join(map(str, shape))} {what}"

@@ -145,7 +145,8 @@ def plot_losses(path: str | os.PathLike[str], rows: Rows, log: bool = False) -> 
             marker = "." if len(rows) < 30 else ""
             axes.plot([row[over] for row in rows], values, label=name, marker=marker)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if axes.lines:  # none of losses that were 0 all along
+        axes.legend(frameon=False)
     with replacing(Path(path)) as partial:
         figure.savefig(partial, dpi=120)
 

@@ -206,11 +206,20 @@ def style_targets(
     ``content`` (B, H, W, 3) and ``style`` (B or 1, H', W', 3) may differ in size. In the order of
     ``objective.content`` and ``objective.style``.
     """
-    content_features, style_features = extractor(content), extractor(style)
+    content_features = _features(extractor, content, "content")
+    style_features = _features(extractor, style, "style")
     features = [content_features[tap] for tap in objective.content]
     grams = [gram_matrix(style_features[tap], objective.normalize) for tap in objective.style]
     mx.eval(features, grams)  # or every step would compute them again
     return (*features, *grams)
+
+
+def _features(extractor: Extractor, images: mx.array, name: str) -> dict[str, mx.array]:
+    """Of one of the two images. Where the extractor refuses it, the error says which."""
+    try:
+        return extractor(images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def weighted_losses(

@@ -9,6 +9,7 @@ well, and so is the generator whose picture its last section takes for a content
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -110,6 +111,11 @@ def make_extractor(weights: str, pooling: str, seed: int = 0) -> VGG | FeatureEx
             made = VGG("vgg19", pooling=pooling)
         random_weights(made, seed)
         return made
+    if weights not in BLOCKS and not Path(weights).suffix and not Path(weights).exists():
+        raise ValueError(
+            f"there are no weights at {weights}, and it is none of {', '.join(BLOCKS)}, random "
+            "and document"
+        )
     found = download_weights(weights) if weights in BLOCKS else read_weights(weights)
     return make_vgg(found, pooling=pooling)
 

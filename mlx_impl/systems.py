@@ -5,7 +5,9 @@ step draws besides images, and how images are drawn from what was trained. ``tra
 command line know systems only through this file.
 """
 
+import math
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +34,56 @@ class Option:
     help: str
     type: Callable[[str], Any] = int
     choices: tuple[Any, ...] | None = None
+
+
+def natural(text: str) -> int:
+    """A whole number from 0 on. The types of options raise ArgumentTypeError, and say why."""
+    number = int(text)
+    if number < 0:
+        raise ArgumentTypeError(f"{text} is negative")
+    return number
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on: "1,2,2" as (1, 2, 2)."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def rate(text: str) -> float:
+    """A number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+def weight(text: str) -> float:
+    """A number from 0 on."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"{text} is not a number from 0 on")
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
+
+
+natural.__name__ = positive.__name__ = "whole number"  # in argparse's "invalid ... value"
+positives.__name__ = "list of whole numbers"
+rate.__name__ = weight.__name__ = share.__name__ = "number"
 
 
 NEEDED = "needed"
@@ -100,7 +152,7 @@ class System:
     batch_size: int = 64
 
 
-LATENT_DIM = Option("latent_dim", 100, "length of the generator's noise")
+LATENT_DIM = Option("latent_dim", 100, "length of the generator's noise", positive)
 
 
 def adversarial(lib: ModuleType, settings: Settings, sizes: dict[str, Any]) -> Training:
@@ -150,7 +202,7 @@ def _dcgan(settings: Settings) -> Training:
 
 
 PROCESS = (
-    Option("timesteps", 1000, "steps of noise"),
+    Option("timesteps", 1000, "steps of noise", positive),
     Option("schedule", "linear", "how the noise grows", str, ("linear", "cosine")),
     Option("target", "epsilon", "what is predicted", str, diffusion.TARGETS),
     Option("ema_decay", None, "of the average that is sampled from (default: by length)", float),
@@ -264,16 +316,11 @@ def unet_of(
     )
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """ "1,2,2" as (1, 2, 2)."""
-    return tuple(int(part) for part in text.split(","))
-
-
 UNET = (
-    Option("width", 64, "channels at the image's own size"),
-    Option("multipliers", (1, 2, 2), "of the width, for each size; each halves", whole_numbers),
-    Option("blocks", 2, "residual blocks at each size"),
-    Option("groups", 32, "of channels that are normalised together"),
+    Option("width", 64, "channels at the image's own size", positive),
+    Option("multipliers", (1, 2, 2), "of the width, for each size; each halves", positives),
+    Option("blocks", 2, "residual blocks at each size", positive),
+    Option("groups", 32, "of channels that are normalised together", positive),
 )
 
 
@@ -410,14 +457,14 @@ SYSTEMS: dict[str, System] = {
     "conv-gan": System(
         about="convolutional GAN of document 000",
         build=_conv_gan,
-        options=(Option("width", 128, "channels before the image"), LATENT_DIM),
+        options=(Option("width", 128, "channels before the image", positive), LATENT_DIM),
     ),
     "dcgan": System(
         about="DCGAN (Radford et al. 2016), document 000's canonical form",
         build=_dcgan,
         options=(
-            Option("width", 64, "channels before the image"),
-            Option("stages", 2, "how often the size is halved; 4 for 64x64"),
+            Option("width", 64, "channels before the image", positive),
+            Option("stages", 2, "how often the size is halved; 4 for 64x64", positive),
             LATENT_DIM,
         ),
     ),
@@ -425,7 +472,7 @@ SYSTEMS: dict[str, System] = {
         about="diffusion with document 004's two convolutions",
         build=_denoiser,
         prepare=averaging,
-        options=(Option("width", 128, "channels between the convolutions"), *PROCESS),
+        options=(Option("width", 128, "channels between the convolutions", positive), *PROCESS),
         sampling=SAMPLER,
     ),
     "unet": System(
@@ -439,13 +486,11 @@ SYSTEMS: dict[str, System] = {
         about="first stage of latent diffusion: images to latents and back",
         build=_autoencoder,
         options=(
-            Option("latent_channels", 4, "of a latent"),
-            Option("width", 32, "channels at the image's own size"),
-            Option(
-                "multipliers", (1, 2, 2), "of the width, for each size; each halves", whole_numbers
-            ),
-            Option("groups", 8, "of channels that are normalised together"),
-            Option("kl_weight", latent_diffusion.KL_WEIGHT, "of the latents' divergence", float),
+            Option("latent_channels", 4, "of a latent", positive),
+            Option("width", 32, "channels at the image's own size", positive),
+            Option("multipliers", (1, 2, 2), "of the width, for each size; each halves", positives),
+            Option("groups", 8, "of channels that are normalised together", positive),
+            Option("kl_weight", latent_diffusion.KL_WEIGHT, "of the latents' divergence", weight),
         ),
         image_size=(32, 32),
     ),
@@ -455,18 +500,16 @@ SYSTEMS: dict[str, System] = {
         prepare=_of_autoencoder,
         options=(
             Option("autoencoder", NEEDED, "folder of the autoencoder's run", str),
-            Option("width", 64, "channels at the latents' own size"),
-            Option(
-                "multipliers", (1, 2), "of the width, for each size; each halves", whole_numbers
-            ),
-            Option("blocks", 1, "residual blocks at each size"),
-            Option("groups", 16, "of channels that are normalised together"),
-            Option("drop", 0.1, "share of images whose class is kept back", float),
+            Option("width", 64, "channels at the latents' own size", positive),
+            Option("multipliers", (1, 2), "of the width, for each size; each halves", positives),
+            Option("blocks", 1, "residual blocks at each size", positive),
+            Option("groups", 16, "of channels that are normalised together", positive),
+            Option("drop", 0.1, "share of images whose class is kept back", share),
             *(option for option in PROCESS if option.name != "target"),
         ),
         sampling=(
             Option("class_", None, "which (default: each in turn)"),
-            Option("guidance", 3.0, "how much more like its class; 1: as trained", float),
+            Option("guidance", 3.0, "how much more like its class; 1: as trained", weight),
             *(option for option in SAMPLER if option.name in ("steps", "spacing", "eta")),
         ),
         image_size=(32, 32),

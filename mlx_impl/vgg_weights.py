@@ -18,6 +18,7 @@ Reading safetensors and npz needs MLX alone; torch, torchvision and h5py are imp
 import hashlib
 import json
 import os
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -182,7 +183,10 @@ def _read_torch(path: Path) -> _Read:
         raise ImportError(
             f"reading {path.name} needs torch: python -m pip install torch"
         ) from error
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # which goes on to advise loading it anyway
+        raise ValueError("it is no file of tensors, or has more in it than those") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(t, torch.Tensor) for t in tensors.values()
     ):

@@ -199,10 +199,19 @@ def style_targets(
     ``objective.content`` and ``objective.style``.
     """
     with torch.no_grad():
-        content_features, style_features = extractor(content), extractor(style)
+        content_features = _features(extractor, content, "content")
+        style_features = _features(extractor, style, "style")
         features = [content_features[tap] for tap in objective.content]
         grams = [gram_matrix(style_features[tap], objective.normalize) for tap in objective.style]
     return (*features, *grams)
+
+
+def _features(extractor: Extractor, images: Tensor, name: str) -> dict[str, Tensor]:
+    """Of one of the two images. Where the extractor refuses it, the error says which."""
+    try:
+        return extractor(images)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def weighted_losses(

@@ -586,6 +586,27 @@ def test_bad_arguments(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("system", "given", "message"),
+    [
+        ("conv-gan", "--width=0", "0 is not at least 1"),
+        ("mlp-gan", "--latent-dim=-3", "-3 is not at least 1"),
+        ("dcgan", "--stages=0", "0 is not at least 1"),
+        ("unet", "--groups=0", "0 is not at least 1"),
+        ("unet", "--blocks=0", "0 is not at least 1"),
+        ("unet", "--multipliers=1,0", "0 is not at least 1"),
+        ("unet", "--multipliers=1,x", "invalid list of whole numbers value: '1,x'"),
+        ("autoencoder", "--latent-channels=0", "0 is not at least 1"),
+        ("autoencoder", "--kl-weight=nan", "nan is not a number from 0 on"),
+        ("latent-diffusion", "--drop=2", "2 is not from 0 to 1"),
+        ("diffusion", "--ema-decay=nan", "decay must be at least 0 and below 1, got nan"),
+    ],
+)
+def test_numbers_that_cannot_be(tmp_path, capsys, system, given, message):
+    assert message in refused(capsys, "train", system, "--out", tmp_path / "run", given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_picture_is_not_overwritten_unless_asked(trained, tmp_path, capsys):
     out = tmp_path / "a.png"
     assert run("sample", trained, "--out", out, "--number", "1") == 0
@@ -724,7 +745,7 @@ def test_an_autoencoder_shows_images_before_what_it_makes_of_them(tmp_path):
 
 def test_bad_processes(tmp_path, capsys):
     for given, message in {
-        "--timesteps=0": "timesteps must be an integer of at least 1",
+        "--timesteps=0": "0 is not at least 1",
         "--ema-decay=1": "decay must be at least 0 and below 1",
         "--target=x": "invalid choice: 'x'",
     }.items():

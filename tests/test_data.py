@@ -361,7 +361,8 @@ def test_truncated_file(tmp_path, scans, kept, source):
     path = tmp_path / "MNIST" / "raw" / MNIST_FILE
     path.parent.mkdir(parents=True)
     path.write_bytes(idx(scans)[:kept])
-    with pytest.raises(ValueError, match=rf"{MNIST_FILE} is truncated or damaged: it has \d+ byt"):
+    said = rf"{MNIST_FILE} is truncated or damaged: it (has|ends after) \d+ byt"
+    with pytest.raises(ValueError, match=said):
         load_images(path if source == "path" else "mnist", (3, 5), root=tmp_path)
 
 

@@ -184,16 +184,24 @@ def test_bad_input(pictures, tmp_path, capsys):
         ([content, "no.png", *out], "there is no image file no.png"),
         ([content, "dahlia", *out], "no photograph of that name: china, flower"),
         ([content, tmp_path / "notes.png", *out], "notes.png is not an image that Pillow can"),
-        ([content, tmp_path / "tiny.png", *out], "too small"),
         ([content, style, *out, "--size", "8"], "size must be at least 16 with 1 levels, got 8"),
-        ([content, style, *out, "--steps", "0"], "steps and levels must be at least 1"),
-        ([content, style, *out, "--levels", "0"], "levels must be at least 1, got 0"),
+        ([content, style, *out, "--steps", "0"], "0 is not at least 1"),
+        ([content, style, *out, "--levels", "0"], "0 is not at least 1"),
+        ([content, style, *out, "--learning-rate", "-1"], "-1 is not above 0"),
+        ([content, style, *out, "--style-weight", "nan"], "nan is not a number from 0 on"),
+        ([content, tmp_path / "tiny.png", *out], "style: images of 3 x 40 are too small"),
         ([content, style, *out, "--start", "white"], "invalid choice: 'white'"),
         ([content, style, "--out", tmp_path / "a.jpg"], "does not end in .png"),
     ):
         assert message in refused(capsys, *arguments), message
     message = refused(capsys, content, style, *out, weights="no.pth")
     assert "there are no weights at no.pth" in message
+    message = refused(capsys, content, style, *out, weights="vgg11")
+    assert "none of vgg16, vgg19, random and document" in message
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    message = refused(capsys, content, style, *out, weights=str(tmp_path / "broken.pth"))
+    assert "broken.pth cannot be read, is it damaged? it is no file of tensors" in message
+    assert "weights_only" not in message
     assert not (tmp_path / "a.png").exists()
 
 
