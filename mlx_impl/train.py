@@ -136,7 +136,9 @@ class Run:
             raise Refused(f"{self.config} is damaged: {error!r}") from error
         if system not in SYSTEMS:
             raise Refused(f"{self.config}: there is no system {system!r}: {', '.join(SYSTEMS)}")
-        return {"dtype": "float32", **_with_tuples(config)}  # as of runs before there was a choice
+        config = _with_tuples(config)
+        config.setdefault("dtype", "float32")  # of runs from before there was a choice
+        return config
 
     def read_losses(self, epochs: int) -> list[dict[str, float | int]]:
         """The rows of the first ``epochs`` epochs."""
