@@ -38,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="on a Mac: a GPU trace of one compiled step of each system, for Xcode; not timed",
     )
     group.addoption("--torch-compile", action="store_true", help="time torch.compile as well")
+    group.addoption(
+        "--bfloat16", action="store_true", help="time bfloat16 as well, as is done on a GPU anyway"
+    )
 
 
 def _positive(text: str) -> int:

@@ -29,7 +29,11 @@ ARMS = (
     "mlx-async",
     "torch-eager",
     "torch-compile",
+    "mlx-bfloat16",
+    "torch-bfloat16",
 )
+BFLOAT16 = ("mlx-bfloat16", "torch-bfloat16")
+"""Compiled, and eager under ``torch.autocast``; both keep their weights in float32."""
 SAME_AS = {"mlx-control": "mlx-compiled", "mlx-async": "mlx-compiled"}
 WARM_STEPS = 2
 
@@ -111,9 +115,14 @@ def enter(subject: Subject, arm: str, batches: list[Arrays]) -> Contender:
     ``trace_ms``, ``peak_memory_mb`` and ``traces``. Raises :class:`NotCompiled`,
     :class:`NotEvaluated`.
     """
+    if arm == "mlx-bfloat16":
+        half = subject.in_bfloat16()
+        assert half is not None
+        return _enter_mlx(half, batches, compiled=True)
     if arm.startswith("mlx"):
         return _enter_mlx(subject, batches, compiled=arm == "mlx-compiled")
-    return _enter_torch(subject, batches, compiled=arm == "torch-compile")
+    how = {"compiled": arm == "torch-compile", "half": arm == "torch-bfloat16"}
+    return _enter_torch(subject, batches, **how)
 
 
 def _enter_mlx(subject: Subject, batches: list[Arrays], *, compiled: bool) -> Contender:
@@ -178,7 +187,9 @@ def _enter_mlx(subject: Subject, batches: list[Arrays], *, compiled: bool) -> Co
     return Contender(one, restore, info, start, lambda: mx.eval(last[0], state))
 
 
-def _enter_torch(subject: Subject, batches: list[Arrays], *, compiled: bool) -> Contender:
+def _enter_torch(
+    subject: Subject, batches: list[Arrays], *, compiled: bool, half: bool
+) -> Contender:
     device = torch_device()
     assert device is not None
     torch.manual_seed(0)
@@ -191,9 +202,12 @@ def _enter_torch(subject: Subject, batches: list[Arrays], *, compiled: bool) -> 
     tensors = [to_torch(subject.case, batch, device) for batch in batches]
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)
     call = run_torch(subject, system)
+    # A cache of rounded weights would outlive their update within the step.
+    autocast = torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False)
 
     def one(i: int) -> Any:
-        results = call(*tensors[i % len(tensors)])
+        with autocast:
+            results = call(*tensors[i % len(tensors)])
         wait()
         return results
 

@@ -55,6 +55,9 @@ def row(rounds: Rounds, device: str, peak: float) -> dict[str, Any]:
         "ms_async": rounds.milliseconds("mlx-async"),
         "ms_torch_eager": rounds.milliseconds("torch-eager"),
         "ms_torch_compile": rounds.milliseconds("torch-compile"),
+        "ms_bfloat16": rounds.milliseconds("mlx-bfloat16"),
+        "ms_torch_bfloat16": rounds.milliseconds("torch-bfloat16"),
+        "peak_memory_mb_bfloat16": rounds.info.get("mlx-bfloat16", {}).get("peak_memory_mb"),
         "images_per_second": 1e3 * batch / ms if ms and batch else None,
         "noise": noise_floor(control) if control else None,
         "peak_memory_mb": compiled.get("peak_memory_mb"),
@@ -69,13 +72,15 @@ def row(rounds: Rounds, device: str, peak: float) -> dict[str, Any]:
         "harness_share": harness_share(compiled, ms),
         "others_cpu": max(info.get("others_cpu", 0.0) for info in rounds.info.values()),
     }
-    for name, arm in (
-        ("compiled_over_uncompiled", "mlx-uncompiled"),
-        ("compiled_over_async", "mlx-async"),
-        ("over_torch_eager", "torch-eager"),
-        ("over_torch_compile", "torch-compile"),
+    for name, arm, over in (
+        ("compiled_over_uncompiled", "mlx-uncompiled", "mlx-compiled"),
+        ("compiled_over_async", "mlx-async", "mlx-compiled"),
+        ("over_torch_eager", "torch-eager", "mlx-compiled"),
+        ("over_torch_compile", "torch-compile", "mlx-compiled"),
+        ("bfloat16_over_float32", "mlx-compiled", "mlx-bfloat16"),
+        ("bfloat16_over_torch", "torch-bfloat16", "mlx-bfloat16"),
     ):
-        ratio = rounds.ratio(arm)
+        ratio = rounds.ratio(arm, over)
         found[name] = ratio.value if ratio else None
         found[f"{name}_interval"] = [ratio.low, ratio.high] if ratio else None
         found[f"{name}_confidence"] = ratio.confidence if ratio else None
@@ -109,6 +114,17 @@ THROUGHPUT: Columns = {
     "noise": ("noise", "{:.1%}"),
     "images\n/s": ("images_per_second", "{:,.0f}"),
 }
+HALF: Columns = {
+    "batch": ("batch", "{}"),
+    "float32\nms": ("ms_compiled", "{:.1f}"),
+    "bfloat16\nms": ("ms_bfloat16", "{:.1f}"),
+    "torch\nms": ("ms_torch_bfloat16", "{:.1f}"),
+    "over float32": ("bfloat16_over_float32", "{:.2f}x"),
+    "over torch": ("bfloat16_over_torch", "{:.2f}x"),
+    "noise": ("noise", "{:.1%}"),
+    "peak\nMB": ("peak_memory_mb", "{:.0f}"),
+    "bfloat16's\nMB": ("peak_memory_mb_bfloat16", "{:.0f}"),
+}
 COST: Columns = {
     "first call\ns": ("first_call_ms", "{:.2f}"),
     "of it\ntrace s": ("trace_ms", "{:.2f}"),
@@ -132,6 +148,9 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         made.append(_table("A training step", steps, THROUGHPUT))
     if sampling:
         made.append(_table("Sampling", sampling, THROUGHPUT))
+    if half := [row for row in rows if row["ms_bfloat16"] is not None]:
+        title = "bfloat16 with float32 weights, compiled, against float32 and torch.autocast"
+        made.append(_table(title, half, HALF))
     return [*made, _table("Compiling, and what a compiled call uses", rows, COST)]
 
 

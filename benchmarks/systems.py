@@ -52,6 +52,11 @@ class Subject:
         library = self.case.port if side == "mlx" else self.case.reference
         return self.case.build(library, {**self.case.full_size, "batch": batch_size})
 
+    def in_bfloat16(self) -> "Subject | None":
+        """The same, of the case that is proven in bfloat16; None where there is none."""
+        name = f"{self.case.name} in bfloat16"
+        return next((Subject(case, self.kind) for case in CASES if case.name == name), None)
+
     def draw(self, batch_size: int, seed: int, data: str = "digits") -> Arrays:
         """The inputs in MLX's layout, float32: images (N, H, W, C), and what a step draws."""
         case = self.case

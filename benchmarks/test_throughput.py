@@ -18,7 +18,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import capture, contenders, machine, systems
-from benchmarks.contenders import ARMS, SAME_AS, Contender
+from benchmarks.contenders import ARMS, BFLOAT16, SAME_AS, Contender
 from benchmarks.effort import Budget, effort
 from benchmarks.systems import Subject
 
@@ -32,7 +32,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "arm" not in metafunc.fixturenames:
         return
     option = metafunc.config.getoption
-    arms = [arm for arm in ARMS if arm != "torch-compile" or option("--torch-compile")]
+    left_out = set() if option("--torch-compile") else {"torch-compile"}
+    if not option("--bfloat16") and machine.backend() == "CPU":
+        left_out |= {*BFLOAT16}
+    arms = [arm for arm in ARMS if arm not in left_out]
     how = effort(metafunc.config)
     subjects = [subject for subject in systems.SUBJECTS if subject.case.cost <= how.dearest]
     metafunc.parametrize(
@@ -41,6 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(subject, block, arm, id=f"{subject.name}-{arm}-{block}".replace(" ", "-"))
             for subject, block in product(subjects, range(how.pairs))
             for arm in (arms if block % 2 == 0 else arms[::-1])
+            if arm not in BFLOAT16 or subject.in_bfloat16()
         ],
     )
 
@@ -107,8 +111,14 @@ def gates(request: pytest.FixtureRequest) -> dict[str, str]:
     if not request.config.option.benchmark_enable:
         return {}
     timed = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names = [item.callspec.params["subject"].case.name for item in timed]
+    params = [item.callspec.params for item in timed]
+    names = [_proven(p["subject"], p["arm"]).case.name for p in params]
     return systems.parity_gates(names, effort(request.config).examples)
+
+
+def _proven(subject: Subject, arm: str) -> Subject:
+    """Whose proof an arm needs: what is timed in bfloat16 is proven in bfloat16."""
+    return (subject.in_bfloat16() if arm in BFLOAT16 else None) or subject
 
 
 # torch.compile warns of its own use of what PyTorch deprecates
@@ -129,7 +139,7 @@ def test_throughput(
         pytest.skip("a timing: ask for it with --benchmark-enable")
     if arm.startswith("torch") and machine.torch_device() is None:
         pytest.skip("PyTorch has no device of the class that MLX runs on")
-    if why := gates[subject.case.name]:
+    if why := gates[_proven(subject, arm).case.name]:
         pytest.fail(f"{subject.name} is not timed, its port is not proven:\n{why}", pytrace=False)
     try:
         ring.get(subject, "mlx-compiled")

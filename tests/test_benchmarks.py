@@ -60,7 +60,9 @@ def test_mlx_that_does_not_compile_is_not_called_compiled(batches):
         mx.enable_compile()
 
 
-@pytest.mark.parametrize("arm", ["mlx-uncompiled", "mlx-compiled", "torch-eager"])
+@pytest.mark.parametrize(
+    "arm", ["mlx-uncompiled", "mlx-compiled", "torch-eager", "mlx-bfloat16", "torch-bfloat16"]
+)
 def test_every_round_starts_from_the_same_state(batches, arm: str):
     contender = contenders.enter(SUBJECT, arm, batches)
 
@@ -150,6 +152,34 @@ def test_a_row_has_null_where_no_arm_ran():
     assert alone["images_per_second"] is None
     assert alone["ms_torch_eager"] == pytest.approx(10)
     assert next(table.title for table in summary.tables([row, alone])) == "A training step"
+
+
+def test_bfloat16_is_held_against_float32_and_against_pytorchs():
+    times = {"mlx_compiled": [3.0] * 3, "mlx_bfloat16": [2.0] * 3, "torch_bfloat16": [5.0] * 3}
+    row = summary.row(rounds_of(**times), "CPU", 1e12)
+    assert row["bfloat16_over_float32"] == pytest.approx(1.5)
+    assert row["bfloat16_over_torch"] == pytest.approx(2.5)
+    assert [t.title for t in summary.tables([row])][1].startswith("bfloat16 with float32 weights")
+
+
+def test_both_sides_round_to_bfloat16_in_its_arms_and_only_there(batches):
+    """A loss of the first step, with one network's first weights and the same inputs."""
+    losses = {}
+    for arm in ("mlx-compiled", "mlx-bfloat16", "torch-eager", "torch-bfloat16"):
+        contender = contenders.enter(SUBJECT, arm, batches)
+        contender.restore()
+        losses[arm] = float(contender.step(0)[0])
+    for side, arm in (("mlx-compiled", "mlx-bfloat16"), ("torch-eager", "torch-bfloat16")):
+        assert losses[side] != losses[arm]
+        assert abs(losses[side] / losses[arm] - 1) < 2**-6
+
+
+def test_what_is_timed_in_bfloat16_is_proven_in_bfloat16():
+    half = SUBJECT.in_bfloat16()
+    assert half is not None
+    assert (half.case.dtype, half.case.held) == ("bfloat16", "float32")
+    unproven = [s.name for s in systems.SUBJECTS if s.in_bfloat16() is None]
+    assert unproven == ["latent diffusion", "VGG style transfer"]
 
 
 def test_pairs_are_of_the_same_block():
