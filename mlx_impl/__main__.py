@@ -37,7 +37,7 @@ from mlx_impl.train import (
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
-_DRAWN_BY_USER = 3  # what the key of `sample` and `score` is for; training's are 0 to 2
+_DRAWN_BY_USER = 3  # what the key of `sample` and `score` is for; training's are 0 and 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,7 +55,7 @@ SAVE_EVERY = 10.0
 
 LENGTH = ("epochs", "steps", "preview_every")  # what may change when a run goes on
 
-_STEP, _PREVIEW, _SAMPLE = range(3)  # what a key is for
+_STEP, _PREVIEW = range(2)  # what a key is for
 
 
 class Refused(Exception):

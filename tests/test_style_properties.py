@@ -225,6 +225,15 @@ def test_number_of_parameters(side):
     assert count(side.vgg.VGG("vgg16")) == 14_714_688
 
 
+def test_the_classifier_that_is_left_out_makes_up_the_rest_of_torchvisions_vgg_19():
+    from torchvision.models import vgg19
+
+    with torch.device("meta"):  # no memory for the numbers themselves
+        whole = vgg19()
+    assert sum(p.numel() for p in whole.parameters()) == 143_667_240
+    assert sum(p.numel() for p in whole.features.parameters()) == 20_024_384
+
+
 @each_side
 def test_nothing_is_computed_behind_the_deepest_tap(side):
     """relu2_1 of an image that is too small for the third block."""

@@ -228,6 +228,24 @@ def test_each_step_of_a_sampler_has_noise_of_its_own(sampler, autoencoder, monke
     assert len(set(seen)) == len(seen) == 2 * 5  # of two chunks
 
 
+def test_the_scale_of_the_latents_is_used(autoencoder):
+    """In training and in sampling: what the first stage was measured to need."""
+    config, dataset, _ = made("latent-diffusion", autoencoder)
+    ((images, labels),) = training._batches(dataset, np.arange(12)[None])
+    found = []
+    for factor in (1, 2):
+        run = training.build(config | {"latent_scale": factor * config["latent_scale"]})
+        for module in run.modules.values():
+            fill(module)
+        sampled = training.sample(run, 2, mx.random.key(0), steps=2)
+        arrays = run.draw(mx.random.key(0), images, labels)
+        loss = training._uncompiled(run.step, list(run.parts.values()))(*arrays)
+        found.append((sampled.tobytes(), loss.item()))
+    (one, loss), (other, other_loss) = found
+    assert one != other
+    assert loss != other_loss
+
+
 def test_labels_stay_with_their_images(autoencoder):
     _, dataset, _ = made("latent-diffusion", autoencoder)
     order = training.batch_indices(len(dataset.images), 12, np.random.default_rng(0))
