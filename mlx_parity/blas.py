@@ -18,6 +18,8 @@ import os
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +67,7 @@ class _Mapping(NamedTuple):
 
 
 _in_use: Blas | None = None  # the answer for Linux's CPU backend, which never changes once given
+_loan: tuple[Blas, list[tuple[ctypes.c_void_p, int | None, int | None]]] | None = None
 _keep_alive: list[ctypes.CDLL] = []  # unloading the library would leave the slots dangling
 
 
@@ -87,6 +90,41 @@ def use_openblas() -> Blas:
     if _in_use is None:
         _in_use = _use_openblas_on_linux()
     return _in_use
+
+
+@contextmanager
+def borrowed() -> Iterator[Blas]:
+    """Within, as after :func:`use_openblas`; afterwards MLX has again what it had.
+
+    For work of the kit's own in somebody else's process: nothing is said where it cannot be done.
+    """
+    global _loan
+    here = sys.platform.startswith("linux") and mx.default_device().type != mx.DeviceType.gpu
+    if not here or _in_use is not None or _linked().fast:
+        yield use_openblas()
+        return
+    try:
+        if _loan is None:
+            before = [(slot, slot.value) for slot in _slots(ROUTINES).values()]
+            blas = _redirect()
+            _loan = blas, [(slot, slot.value, old) for slot, old in before]
+            for slot, old in before:
+                slot.value = old
+    except (ImportError, OSError):
+        yield _linked()
+        return
+    blas, slots = _loan
+    if all(slot.value == new for slot, new, _ in slots):  # on loan already
+        yield blas
+        return
+    for slot, new, _ in slots:
+        slot.value = new
+    try:
+        yield blas
+    finally:
+        mx.synchronize()
+        for slot, _, old in slots:
+            slot.value = old
 
 
 def _use_openblas_on_linux() -> Blas:

@@ -177,6 +177,35 @@ with mx.stream(mx.cpu):
 
 
 @on_linux_cpu
+def test_borrowed_for_a_while_and_given_back():
+    pytest.importorskip("scipy_openblas32")
+    run_fresh("""
+import mlx.core as mx
+from mlx_parity import blas
+
+def held():
+    return {name: blas._owner(slot.value) for name, slot in blas._slots(blas.ROUTINES).items()}
+
+before = held()
+for _ in range(2):
+    with blas.borrowed() as used:
+        assert used.name.startswith("openblas "), used
+        assert all("openblas" in path for path in held().values()), held()
+        with blas.borrowed() as again:
+            assert again == used
+        assert (mx.ones((33, 65)) @ mx.ones((65, 17)) == 65).all().item()
+    owners = {path for path in held().values()}
+    assert not any("openblas" in path for path in owners), owners
+with blas.borrowed():
+    assert blas._in_use is None
+assert blas.use_openblas().fast
+with blas.borrowed() as kept:
+    pass
+assert all("openblas" in path for path in held().values())
+""")
+
+
+@on_linux_cpu
 def test_threads_follow_the_environment():
     pytest.importorskip("scipy_openblas32")
     code = "from mlx_parity.blas import use_openblas; print(use_openblas().threads)"
