@@ -237,7 +237,7 @@ class Plan:
             if link.port not in gradients:
                 continue
             for source, g in zip(link.sources, link.adjoint(gradients[link.port]), strict=True):
-                back[source] = back[source] + g if source in back else g
+                back[source] = _sum(back[source], g) if source in back else g
         return back
 
     def values(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -247,13 +247,16 @@ class Plan:
             if not link.invertible or link.port not in tensors:
                 continue
             for source, a in zip(link.sources, link.adjoint(tensors[link.port]), strict=True):
-                found[source] = found[source] + a if link.partial and source in found else a
+                found[source] = _sum(found[source], a) if link.partial and source in found else a
         return found
 
     def load(self, tensors: Mapping[str, Array]) -> None:
         """Put reference tensors, by name, into the port."""
-        arrays = {k: mx.array(v) for k, v in self.to_port(tensors).items()}
-        self.port.update(tree_unflatten(list(arrays.items())))
+        arrays = []
+        for link in self.links:  # one at a time: two copies of all would be much of the memory
+            array = link.forward(*(tensors[s] for s in link.sources))
+            arrays.append((link.port, mx.array(np.ascontiguousarray(array))))
+        self.port.update(tree_unflatten(arrays))
 
     def carry(self) -> None:
         """Put the reference's present weights into the port.
@@ -287,6 +290,11 @@ class Plan:
                     "or start its name with an underscore"
                 )
         return found
+
+
+def _sum(a: Array, b: Array) -> Array:
+    """In float64: a sum of the kit's own making is no rounding of the port's."""
+    return np.add(a, b, dtype=np.float64)
 
 
 def reference_tensors(module: tnn.Module) -> dict[str, torch.Tensor]:

@@ -21,10 +21,11 @@ from typing import Any
 
 from torch import nn as tnn
 
-from mlx_parity import diagnose
 from mlx_parity._backend import require_mlx
+from mlx_parity.blas import borrowed
+from mlx_parity.diagnose import lint
 from mlx_parity.errors import CarryError, ParityError, SideError
-from mlx_parity.explain import LOCATED, explain_what_is_no_module, locate
+from mlx_parity.explain import LOCATED, explain_what_is_no_module, locate, of_climb
 from mlx_parity.explain import explain as explained
 from mlx_parity.ladder import Rung
 from mlx_parity.pairing import Map
@@ -39,6 +40,9 @@ from mlx_parity.weights import Sanitize
 require_mlx()
 
 import mlx.nn as mnn  # noqa: E402
+
+PATIENCE = 10.0
+"""Seconds after which it is worth saying why a check takes so long."""
 
 LOCALISE_SECONDS = 8.0
 """A port that is equal is read module by module, for the picture, where that is quick enough."""
@@ -61,6 +65,7 @@ def check(
     images: Sequence[str] | None = None,
     training: bool | None = None,
     until: str = "reloaded",
+    steps: int | None = None,
     weights: str = "own",
     compiled: bool | None = None,
     variants: bool = False,
@@ -92,6 +97,7 @@ def check(
         last in the port. By default found from the first convolution and by trying.
     training: the mode of both; by default the reference's own.
     until: the last rung to climb: "forward" for a port that only infers.
+    steps: how many training steps to compare; by default 20, fewer where they take long.
     weights: "own", or "random" for weights drawn by the kit.
     compiled: whether to try ``mx.compile``; by default wherever it compiles.
     variants: whether to compile the forward pass in every way, shapeless too, and to say what is
@@ -104,7 +110,7 @@ def check(
     started = time.monotonic()
     title = name or f"{_name_of(reference)} → {_name_of(port)}"
     report = Report(title)
-    with restored(reference, port):
+    with restored(reference, port), borrowed() as blas:
         try:
             asked = Asked(
                 reference=reference,
@@ -125,7 +131,7 @@ def check(
                 seed=seed,
                 title=title,
             )
-            course = Course(until, compiled, variants)
+            course = Course(until, steps, compiled, variants)
             _check(asked, course, report, localised, explain, progress or (lambda line: None))
         except SideError as error:
             report.undecided(error.side, str(error))
@@ -133,12 +139,17 @@ def check(
             report.undecided("weights", str(error))
             if isinstance(reference, tnn.Module) and isinstance(port, mnn.Module):
                 with suppress(Exception):  # what the trees show may say why
-                    report.diagnoses = diagnose.lint(reference, port)
+                    report.diagnoses = lint(reference, port)
         except (ParityError, ValueError) as error:
             report.undecided(_whose(error), str(error))
         except Exception as error:  # a defect of the kit is no verdict on the port
             report.undecided("kit", f"{type(error).__name__}: {error}", error)
     report.seconds = time.monotonic() - started
+    if not blas.fast and report.seconds > PATIENCE:
+        report.notes.append(
+            f"most of the time went into MLX's products, which run on {blas.name}: "
+            "pip install scipy-openblas32, and checks use it"
+        )
     return report
 
 
@@ -158,9 +169,10 @@ def _check(
         return
     climbed = judge(subject, agreed, case_of(subject, agreed), course, report, progress)
     wanted = _worth_reading(climbed) if localised is None else localised
-    if subject.plan is not None and wanted:
+    if subject.plan is not None and wanted and hasattr(climbed.climb, "port"):
         progress("module by module")
-        locate(climbed.climb, {MODEL: subject.plan.pairs}, agreed.loss, report, climbed.failed)
+        paired = {MODEL: of_climb(climbed.climb, MODEL, subject.plan.pairs)}
+        locate(climbed.climb, paired, agreed.loss, report, climbed.failed)
     if explain and climbed.failed:
         if subject.modular and hasattr(climbed.climb, "port"):
             progress("looking for a known cause")

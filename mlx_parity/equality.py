@@ -48,15 +48,17 @@ and again at 128 points, and only there can they be called different.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 Tensors = Mapping[str, np.ndarray]
-"""Named arrays: a point (float32 inputs and parameters) or what was computed there (float64)."""
+"""Named arrays: a point (float32 inputs and parameters) or what was computed there (the oracle's
+in float64)."""
 
 STAGES = (8, 32, 128)
 """Points per stage. A tensor goes on to the next stage only if it looks suspicious."""
@@ -164,8 +166,11 @@ def jitter(
     near = {}
     for name, array in point.items():
         if np.issubdtype(array.dtype, np.floating):
-            factor = 1 + scale * rng.standard_normal(array.shape)
-            near[name] = (array * factor).astype(np.float32)
+            factor = rng.standard_normal(array.shape)
+            factor *= scale
+            factor += 1
+            factor *= array
+            near[name] = factor.astype(np.float32)
         else:
             near[name] = array
     return near
@@ -201,32 +206,45 @@ class _Sums:
         """The norm of the port's difference at each point, and of PyTorch's at every other one."""
         self.errors_ref: list[float] = []
 
-    def _fold(self, array: np.ndarray, signs: np.ndarray) -> np.ndarray:
-        """Row after row of a large tensor, added up with a sign for each row."""
+    def _difference(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """``a - b``; of a large tensor row after row, added up with a sign for each row."""
         if not self.folded:
-            return array
-        flat = array.reshape(-1)
-        rows = flat.size // SKETCH
-        total = signs[:rows] @ flat[: rows * SKETCH].reshape(rows, SKETCH)
-        rest = flat[rows * SKETCH :]
-        total[: rest.size] += signs[-1] * rest
+            return np.subtract(a, b, dtype=np.float64)
+        total, rows = np.zeros(SKETCH), zip(self.signs, _rows(a), _rows(b), strict=True)
+        for sign, x, y in rows:
+            total[: x.size] += sign * np.subtract(x, y, dtype=np.float64)
+        return total
+
+    def _squares(self, a: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
+        """The square of ``a - b``, or of ``a``, added up without signs."""
+        if not self.folded:
+            return np.square(a if b is None else np.subtract(a, b, dtype=np.float64))
+        total = np.zeros(SKETCH)
+        zero = np.zeros(1)
+        for x, y in zip(_rows(a), repeat(zero) if b is None else _rows(b), strict=b is not None):
+            total[: x.size] += np.square(np.subtract(x, y, dtype=np.float64))
         return total
 
     def add(self, oracle: np.ndarray, port: np.ndarray, reference: np.ndarray | None) -> None:
-        d = self._fold(port - oracle, self.signs)
+        d = self._difference(port, oracle)
         self.count += 1
         self.port += d
         self.port2 += d * d
         self.errors.append(float(np.linalg.norm(d)))
-        self.value2 += self._fold(oracle * oracle, np.ones_like(self.signs))
+        self.value2 += self._squares(oracle)
         if reference is not None:
-            error = reference - oracle
-            r = self._fold(error, self.signs)
+            r = self._difference(reference, oracle)
             self.count_ref += 1
             self.ref += r
             self.ref2 += r * r
             self.errors_ref.append(float(np.linalg.norm(r)))
-            self.own2 += self._fold(error * error, np.ones_like(self.signs))
+            self.own2 += self._squares(reference, oracle)
+
+
+def _rows(array: np.ndarray) -> Iterator[np.ndarray]:
+    """A large tensor in pieces that stay in a processor's cache."""
+    flat = array.reshape(-1)
+    return (flat[i : i + SKETCH] for i in range(0, flat.size, SKETCH))
 
 
 def _spread(total: np.ndarray, squares: np.ndarray, count: int) -> np.ndarray:
@@ -355,6 +373,7 @@ def compare(
                 if name not in sums:
                     sums[name] = _Sums(right[name])
                 sums[name].add(right[name], ported[name], usual.get(name))
+            del right, ported, usual  # before the next ones are made
         pending = set()
         for name, moments in sums.items():
             if last:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import reference_tensors
-from mlx_parity.case import Case, Shape
+from mlx_parity.case import Case, Shape, System
 from mlx_parity.equality import EPS, ROUGH, STAGES, Finding, compare, jitter, spacing
 from mlx_parity.errors import (
     CarryError,
@@ -76,14 +76,19 @@ class Rung:
         return failed[0] if failed else max(self.findings, key=lambda f: f.bias, default=None)
 
 
-def randomise(reference: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def randomise(
+    reference: Any, rng: np.random.Generator, given: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Float32 weights for a PyTorch module, by name: none of them zero, one, or alike.
 
     Kernels are scaled by their own fan-in so that signals keep their size. Initial values would
     hide faults: a bias of zero that is never added, a norm's weight of one that is never used.
+    Those ``given`` are left out.
     """
     made = {}
     for name, tensor in reference_tensors(reference).items():
+        if name in given:
+            continue
         shape, last = tuple(tensor.shape), name.rpartition(".")[2]
         if last == "running_var":
             array = rng.uniform(0.5, 2.0, shape)
@@ -100,16 +105,20 @@ def randomise(reference: Any, rng: np.random.Generator) -> dict[str, np.ndarray]
     return made
 
 
-def draw_point(case: Case, shape: Shape, rng: np.random.Generator, steps: int) -> Results:
+def draw_point(
+    case: Case, shape: Shape, rng: np.random.Generator, steps: int, system: System
+) -> Results:
     """Weights and inputs of one drawn case, with fresh inputs for each training step.
 
+    ``system`` is the reference's.
     Raises :class:`EmptyBatchError` and :class:`NotFiniteError` for inputs that prove nothing.
     """
-    system = case.build(case.reference, shape)
+    own = _own_weights(case, shape, rng, system)
     point: Results = {}
     for m, module in system.modules.items():
-        point |= {f"{m}.{n}": a for n, a in randomise(module, rng).items()}
-    point |= _own_weights(case, shape, rng, point)
+        given = {n.removeprefix(f"{m}.") for n in own if n.startswith(f"{m}.")}
+        point |= {f"{m}.{n}": a for n, a in randomise(module, rng, given).items()}
+    point |= own
     point |= check_inputs(case, case.inputs(shape, rng))
     if system.step is not None:
         for i in range(steps):
@@ -118,15 +127,20 @@ def draw_point(case: Case, shape: Shape, rng: np.random.Generator, steps: int) -
     return point
 
 
-def _own_weights(case: Case, shape: Shape, rng: np.random.Generator, drawn: Results) -> Results:
-    """The case's own tensors, each in the place of one that was drawn."""
+def _own_weights(case: Case, shape: Shape, rng: np.random.Generator, system: System) -> Results:
+    """The case's own tensors, which need not be drawn."""
     own = {n: np.asarray(a, np.float32) for n, a in case.weights(shape, rng).items()}
+    known = {
+        f"{m}.{n}": tensor
+        for m, module in system.modules.items()
+        for n, tensor in reference_tensors(module).items()
+    }
     for name, array in own.items():
-        if name not in drawn or array.shape != drawn[name].shape:
-            there = f"has shape {list(drawn[name].shape)}" if name in drawn else "is none"
+        if name not in known or array.shape != tuple(known[name].shape):
+            there = f"has shape {list(known[name].shape)}" if name in known else "is none"
             raise CarryError(
                 f"{case.name}: weights gives {name} {list(array.shape)}, which {there} in the "
-                f"reference; it holds {', '.join(drawn)}"
+                f"reference; it holds {', '.join(known)}"
             )
         if not np.isfinite(array).all():
             raise NotFiniteError(f"{case.name}: weights gives a NaN or infinity in {name}")
@@ -172,9 +186,11 @@ class Climb:
         self.rng = np.random.default_rng(seed)
         self.oracle = TorchSide(case, shape, torch.float64)
         self.usual = TorchSide.usual(case, shape)
-        self.point = draw_point(case, shape, self.rng, STEPS)
+        self.point = draw_point(case, shape, self.rng, STEPS, self.usual.system)
         self.names = [n for n in self.point if "." not in n and "@" not in n]
         self.ignored: frozenset[str] = frozenset()
+        self.drawn = 0
+        """Nearby points so far."""
 
     def run(self) -> list[Rung]:
         """Every rung that needs no compiler, up to the first that fails."""
@@ -213,7 +229,8 @@ class Climb:
             ]
         return self._split(findings, ("forward", "loss", "gradients"))
 
-    def training(self) -> list[Rung]:
+    def training(self, steps: int = STEPS) -> list[Rung]:
+        """The first step's update, and the trajectory of ``steps``."""
         if self.usual.system.step is None:
             return []
         compared = {
@@ -231,24 +248,25 @@ class Climb:
 
         def train(steps: int) -> list[Finding]:
             return self._compare(
-                lambda p: paired(self.oracle.train(p, self.names, steps)),
-                lambda p: paired(self.usual.train(p, self.names, steps)),
-                lambda p: self.port.train(p, self.names, steps),
+                lambda p: paired(self.oracle.train(p, self.names, steps, update=True)),
+                lambda p: paired(self.usual.train(p, self.names, steps, update=True)),
+                lambda p: self.port.train(p, self.names, steps, update=True),
             )
 
-        (update,) = self._split(train(1), ("update",))
-        step = replace(update, name="optimizer step")
+        rungs = {r.name: r for r in self._split(train(steps), ("update", "trajectory"))}
+        if "update" not in rungs:  # a later step gave NaN, and the first stands for itself
+            rungs["update"] = self._split(train(1), ("update",))[0]
+        step, trajectory = replace(rungs["update"], name="optimizer step"), rungs["trajectory"]
         if not step.ok:
             return [step]
-        (trajectory,) = self._split(train(STEPS), ("trajectory",))
         seen = [
-            max(f.visible for f in trajectory.findings if f.tensor.endswith(f" {i}"))
-            for i in range(STEPS)
+            max((f.visible for f in trajectory.findings if f.tensor.endswith(f" {i}")), default=1.0)
+            for i in range(steps)
         ]
         half = self.case.dtype != "float32"
         small = 8 * EPS[self.case.dtype] if half else 1e-3
-        steps = next((i for i, v in enumerate(seen) if not v < small), STEPS)
-        return [step, replace(trajectory, decidable_steps=steps)]
+        decidable = next((i for i, v in enumerate(seen) if not v < small), steps)
+        return [step, replace(trajectory, decidable_steps=decidable)]
 
     def reloaded(self) -> list[Rung]:
         """Train a step, save, reload into new objects, train another: equal bit for bit."""
@@ -341,6 +359,7 @@ class Climb:
 
     def near(self) -> Results:
         """A nearby point; what the port does not hold stays where it is."""
+        self.drawn += 1
         moving = {n: a for n, a in self.point.items() if n not in self.ignored}
         near = self.point | jitter(moving, self.rng, spacing(self.case.dtype))
         held = self.case.held

@@ -1,4 +1,5 @@
-"""The two sides behind one interface: a point goes in, named float64 arrays come out.
+"""The two sides behind one interface: a point goes in, named arrays come out, the oracle's in
+float64.
 
 A point maps ``module.tensor`` and input names to float32 arrays in the reference's layout and under
 its names. So do the results, whichever side computed them: the ladder sees no framework.
@@ -137,11 +138,13 @@ class TorchSide:
             with blame("reference", f"in differentiating {name}", NoGradient):
                 grads = torch.autograd.grad(value, list(wrt.values()), allow_unused=True)
             for (n, x), g in zip(wrt.items(), grads, strict=True):
-                found[f"gradients {name}/{n}"] = _array(torch.zeros_like(x) if g is None else g)
+                found[f"gradients {name}/{n}"] = _view(torch.zeros_like(x) if g is None else g)
         return found
 
-    def train(self, point: Tensors, names: Sequence[str], steps: int) -> Results:
-        """``steps`` training steps: their losses, the last parameters; the update, if one step."""
+    def train(
+        self, point: Tensors, names: Sequence[str], steps: int, *, update: bool = False
+    ) -> Results:
+        """``steps`` training steps: their losses, the last parameters; also the first's update."""
         assert self.system.step is not None
         self.load(point)
         modules, optimizers = self.system.modules, self.system.optimizers
@@ -162,7 +165,7 @@ class TorchSide:
                         group["lr"] = rate
             for name, loss in zip(self.system.losses, losses, strict=True):
                 found[f"trajectory {name} {i}"] = _array(loss)
-            if steps == 1:
+            if update and i == 0:
                 found |= self._update(point)
         for name, tensor in self.tensors().items():
             found[f"trajectory {name}"] = _array(tensor)
@@ -171,7 +174,7 @@ class TorchSide:
     def _update(self, point: Tensors) -> Results:
         found: Results = {}
         for name, tensor in self.tensors().items():
-            found[f"update {name}"] = _array(tensor) - point[name]
+            found[f"update {name}"] = np.subtract(_array(tensor), point[name], dtype=np.float64)
         for m, optimizer in self.system.optimizers.items():
             for name, parameter in self.system.modules[m].named_parameters():
                 for key, state in optimizer.state.get(parameter, {}).items():
@@ -264,7 +267,7 @@ class MLXSide:
             for n, g in of_inputs.items():
                 found[f"gradients {name}/{n}"] = self._output(n, g)
             for m in loss.of:
-                arrays = {k: _array(g) for k, g in flat(of_parameters[m]).items()}
+                arrays = {k: _view(g) for k, g in flat(of_parameters[m]).items()}
                 for n, g in self.plans[m].to_reference(arrays).items():
                     found[f"gradients {name}/{m}.{n}"] = g
         return found
@@ -299,6 +302,8 @@ class MLXSide:
         names: Sequence[str],
         steps: int,
         step: Callable[..., Sequence[mx.array]] | None = None,
+        *,
+        update: bool = False,
     ) -> Results:
         """As :meth:`TorchSide.train`; ``step(*inputs)`` may be the compiled one.
 
@@ -319,7 +324,7 @@ class MLXSide:
                 mx.eval(losses, state)
             for name, loss in zip(self.system.losses, losses, strict=True):
                 found[f"trajectory {name} {i}"] = _array(loss)
-            if steps == 1:
+            if update and i == 0:
                 found |= self._update(point)
         for name, tensor in self.tensors().items():
             found[f"trajectory {name}"] = tensor
@@ -334,7 +339,10 @@ class MLXSide:
         return found
 
     def _update(self, point: Tensors) -> Results:
-        found = {f"update {n}": a - point[n] for n, a in self.tensors().items()}
+        found = {
+            f"update {n}": np.subtract(a, point[n], dtype=np.float64)
+            for n, a in self.tensors().items()
+        }
         for m, optimizer in self.system.optimizers.items():
             state = flat(optimizer.state)
             for key in self._moments[m]:
@@ -398,9 +406,19 @@ def blame(side: str, doing: str, kind: type[SideError] = SideError) -> Iterator[
 
 
 def _array(value: Any) -> np.ndarray:
+    """A copy, in the side's own precision or, where that is none of NumPy's, in float32."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(torch.float64).cpu().numpy().copy()
-    return np.array(value.astype(mx.float32), dtype=np.float64)
+        value = value.detach().cpu()
+        whole = value if value.dtype == torch.float64 else value.float()
+        return whole.numpy().copy()
+    return np.array(value.astype(mx.float32))
+
+
+def _view(value: Any) -> np.ndarray:
+    """As :func:`_array`, without a copy where that will do: nobody changes a gradient in place."""
+    if isinstance(value, torch.Tensor):
+        return _array(value) if value.dtype not in (torch.float32, torch.float64) else value.numpy()
+    return np.asarray(value.astype(mx.float32))
 
 
 def _of(module: str, name: str) -> bool:

@@ -95,7 +95,7 @@ class Subject:
         if not isinstance(reference, tnn.Module):
             return reference
         try:
-            made = copy.deepcopy(reference)
+            made = _sharing(reference)
         except Exception as error:
             raise SideError("reference", "when it is copied", error) from error
         self._train(made)
@@ -251,6 +251,14 @@ def _refuse_what_is_no_pair(reference: Any, port: Any) -> None:
             raise ParityError(f"{side} is no model: it cannot be called")
     if isinstance(reference, mnn.Module) or isinstance(port, tnn.Module):
         raise ParityError("check(reference, port): PyTorch's model comes first, MLX's second")
+
+
+def _sharing(module: tnn.Module) -> tnn.Module:
+    """A copy with parameters of its own that share the original's memory: none writes to them."""
+    memo: dict[int, Any] = {
+        id(p): tnn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()
+    }
+    return copy.deepcopy(module, memo)
 
 
 def _pairs_or_none(reference: tnn.Module, port: mnn.Module, map: Map | None) -> Pairs:

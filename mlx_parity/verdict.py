@@ -14,8 +14,9 @@ from mlx_parity._backend import require_mlx
 from mlx_parity.arguments import plain
 from mlx_parity.carry import channels_last
 from mlx_parity.case import Case
+from mlx_parity.equality import STAGES
 from mlx_parity.errors import NoGradient, ParityError, SideError
-from mlx_parity.ladder import RUNGS, Climb, Rung, compiles
+from mlx_parity.ladder import COMPILED_STEPS, RUNGS, STEPS, Climb, Rung, compiles
 from mlx_parity.report import Report
 from mlx_parity.structure import leaves
 from mlx_parity.subject import MODEL, Subject
@@ -28,6 +29,9 @@ import mlx.core as mx  # noqa: E402
 
 Progress = Callable[[str], None]
 
+TRAINING_SECONDS = 30.0
+"""CPU time that a trajectory may take unless told otherwise."""
+
 RANKS = {name: i for i, name in enumerate(RUNGS)}
 
 
@@ -36,6 +40,8 @@ class Course:
     """How far to climb."""
 
     until: str = RUNGS[-1]
+    steps: int | None = None
+    """Training steps; None: :data:`~mlx_parity.ladder.STEPS`, fewer where that takes too long."""
     compiled: bool | None = None
     """None: wherever MLX compiles."""
     variants: bool = False
@@ -43,6 +49,8 @@ class Course:
     def __post_init__(self) -> None:
         if self.until not in RANKS:
             raise ParityError(f"until={self.until!r}: the rungs are {', '.join(RANKS)}")
+        if self.steps is not None and not 1 <= self.steps <= STEPS:
+            raise ParityError(f"steps={self.steps}: a trajectory has 1 to {STEPS}")
 
     def reaches(self, rung: str) -> bool:
         return RANKS[rung] <= RANKS[self.until]
@@ -105,7 +113,8 @@ def judge(
     if ok() and gradients and course.reaches("optimizer step"):
         if climb.usual.system.step is not None:
             progress("optimizer step and trajectory")
-            report.rungs += [r for r in climb.training() if course.reaches(r.name)]
+            steps = course.steps or _affordable(took / max(climb.drawn, 1), report)
+            report.rungs += [r for r in climb.training(steps) if course.reaches(r.name)]
         else:
             report.notes.append("nothing was trained: give optimizer= to compare training")
     if ok() and course.reaches("compiled"):
@@ -122,6 +131,17 @@ def judge(
         report.rungs += climb.reloaded()
     report.settle()
     return Climbed(climb, next((r.name for r in report.rungs if not r.ok), ""), took)
+
+
+def _affordable(seconds: float, report: Report) -> int:
+    """How many training steps to compare, if one on all sides takes so much CPU time."""
+    steps = min(STEPS, max(COMPILED_STEPS, int(TRAINING_SECONDS / STAGES[0] / max(seconds, 1e-9))))
+    if steps < STEPS:
+        report.notes.append(
+            f"{steps} training steps were compared, not {STEPS}, since each takes {seconds:.1f} s "
+            f"at each point: steps={STEPS} compares all"
+        )
+    return steps
 
 
 def _flipped(subject: Subject, case: Case, report: Report) -> tuple[Climb, Rung] | None:
