@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read at MLX's first use: numbers are compared
 
@@ -179,6 +179,7 @@ def _one(entry: Entry, arguments: argparse.Namespace, progress: Progress) -> Rep
     from mlx_parity.case import Case
     from mlx_parity.casefile import CaseFileError
     from mlx_parity.check import check
+    from mlx_parity.drawn import check_case
     from mlx_parity.report import Report
 
     try:
@@ -188,7 +189,13 @@ def _one(entry: Entry, arguments: argparse.Namespace, progress: Progress) -> Rep
         report.undecided("case", str(error))
         return report
     if isinstance(made, Case):
-        return _drawn(made, arguments, progress)
+        return check_case(
+            made,
+            arguments.examples,
+            seed=arguments.seed,
+            compiled=False if arguments.no_compile else None,
+            progress=progress,
+        )
     options = {"name": entry.name, **made}
     if arguments.until:
         options["until"] = arguments.until
@@ -199,37 +206,6 @@ def _one(entry: Entry, arguments: argparse.Namespace, progress: Progress) -> Rep
     if arguments.variants:
         options["variants"] = True
     return check(**options, progress=progress)
-
-
-def _drawn(case: Any, arguments: argparse.Namespace, progress: Progress) -> Report:
-    """A case whose shapes are drawn, as a report."""
-    from mlx_parity.errors import ParityError, SideError
-    from mlx_parity.ladder import Rung, compiles
-    from mlx_parity.proof import prove
-    from mlx_parity.report import Report
-
-    report = Report(case.name)
-    started = time.monotonic()
-    progress("drawing shapes and climbing the ladder at each")
-    try:
-        compiled = False if arguments.no_compile else compiles()
-        proof = prove(case, arguments.examples, compiled=compiled, seed=arguments.seed)
-    except SideError as error:
-        report.undecided(error.side, str(error))
-        return report
-    except (ParityError, ValueError) as error:
-        report.undecided("inputs", str(error))
-        return report
-    except Exception as error:  # the user's own build, inputs or carry
-        report.undecided("case", f"{type(error).__name__}: {error}")
-        return report
-    for row in proof.rows.values():
-        report.rungs.append(Rung(row.rung, row.ok, message=row.message))
-    report.verdict = "equal" if proof.ok else "different"
-    shapes = min((row.examples for row in proof.rows.values()), default=0)
-    report.notes += [*proof.failures(), f"{shapes} shapes drawn"]
-    report.seconds = time.monotonic() - started
-    return report
 
 
 def _pages(reports: Sequence[Report], path: Path) -> None:

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from mlx_parity import diagnose
+from mlx_parity.case import System
+from mlx_parity.diagnose import diagnose, diagnose_functions, lint, of_compiled
 from mlx_parity.equality import Finding
-from mlx_parity.ladder import Climb
+from mlx_parity.ladder import Climb, Rung
 from mlx_parity.localise import localise
 from mlx_parity.pairing import Map, Pairs, port_modules
 from mlx_parity.report import Report
@@ -23,10 +24,9 @@ LOCATED = ("structure", "forward", "loss", "gradients")
 
 
 def locate(
-    climb: Climb, plans: Mapping[str, Pairs], loss: str | None, report: Report, failed: str
+    climb: Climb, paired: Mapping[str, Pairs], loss: str | None, report: Report, failed: str
 ) -> None:
     """Read every pair of modules, by the name of the module in the climb's system."""
-    rebased = {m: _rebased(climb, m, found) for m, found in plans.items()}
     buffers = tuple(f"forward {m}." for m in climb.port.system.modules)
     also: list[Finding] = [
         f
@@ -35,7 +35,7 @@ def locate(
         if not f.ok and f.tensor.startswith(buffers)
     ]
     try:
-        located = localise(climb, rebased, loss, bool(failed), also)
+        located = localise(climb, paired, loss, bool(failed), also)
     except Exception as error:  # the verdict stands without the picture
         report.notes.append(f"the modules could not be read: {type(error).__name__}: {error}")
         return
@@ -44,8 +44,8 @@ def locate(
     report.notes += located.notes
 
 
-def _rebased(climb: Climb, m: str, found: Pairs) -> Pairs:
-    """The same pairs of the climb's own copies."""
+def of_climb(climb: Climb, m: str, found: Pairs) -> Pairs:
+    """Pairs of the user's modules as pairs of the climb's own copies of them."""
     theirs = climb.usual.system.modules[m]
     ours = port_modules(climb.port.system.modules[m])
     return Pairs(
@@ -67,7 +67,7 @@ def explain(climb: Climb, map: Map | None, report: Report, failed: str) -> None:
             found = [
                 d
                 for m, theirs in optimizers.items()
-                for d in diagnose.lint(
+                for d in lint(
                     climb.usual.system.modules[m],
                     climb.port.system.modules[m],
                     [(theirs, climb.port.system.optimizers[m])],
@@ -77,9 +77,30 @@ def explain(climb: Climb, map: Map | None, report: Report, failed: str) -> None:
             report.diagnoses = [d for d in found if "ptimizer" in str(d)] or found
             return
         suspects: list[Any] = [*report.guilty] or [r.pair for r in report.readings]
-        report.diagnoses = list(diagnose.diagnose(suspects))
+        report.diagnoses = list(diagnose(suspects))
     except Exception as error:  # an explanation is welcome; the verdict stands without it
         report.notes.append(f"no diagnosis: {type(error).__name__}: {error}")
+
+
+def explain_case(climb: Climb, failed: Rung, report: Report) -> None:
+    """As :func:`explain`, for a case of several modules or of none."""
+    with suppress(Exception):
+        if failed.name == "compiled":
+            report.diagnoses = of_compiled(failed)
+        elif climb.usual.system.modules and hasattr(climb, "port"):
+            explain(climb, None, report, failed.name)
+        else:
+            theirs, ours = (_function(s.system, failed) for s in (climb.usual, climb.port))
+            inputs = {n: climb.point[n] for n in climb.names}
+            backward = failed.name == "gradients"
+            report.diagnoses = diagnose_functions(theirs, ours, kwargs=inputs, backward=backward)
+
+
+def _function(system: System, failed: Rung) -> Any:
+    """The loss, or the forward pass, in which a system without modules fails."""
+    bad = next((f.tensor for f in failed.findings if not f.ok), "").partition(" ")[2]
+    loss = next((n for n in system.losses if bad.partition("/")[0] == n), None)
+    return system.forward if loss is None else system.losses[loss].function
 
 
 def explain_what_is_no_module(subject: Subject, report: Report) -> None:
@@ -89,9 +110,9 @@ def explain_what_is_no_module(subject: Subject, report: Report) -> None:
         return
     with suppress(Exception):
         if failed.name == "compiled":
-            report.diagnoses = diagnose.of_compiled(failed)
+            report.diagnoses = of_compiled(failed)
         elif not subject.modular and not subject.arguments.constants:
-            report.diagnoses = diagnose.diagnose_functions(
+            report.diagnoses = diagnose_functions(
                 lambda **inputs: subject.run_reference(subject.prototype, inputs),
                 lambda **inputs: subject.run_port(subject.port, inputs),
                 kwargs=subject.arguments.arrays,

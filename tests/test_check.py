@@ -352,3 +352,16 @@ def test_a_port_that_is_called_by_another_name_is_the_one_that_is_checked():
     before = state(port)
     check(Net(), port, X, call_port=lambda model, x: port(x)).assert_ok()
     assert state(port) == before
+
+
+# ---------------------------------------------------------------------------------- the interface
+
+
+def test_every_public_name_is_said_what_for():
+    """In the package's docstring, and in one of its own."""
+    guide = mlx_parity.__doc__ or ""
+    for name in mlx_parity.__all__:
+        assert name in guide, name
+        value = getattr(mlx_parity, name)
+        assert not callable(value) or (value.__doc__ or "").strip(), name
+        assert type(value).__name__ != "module", name

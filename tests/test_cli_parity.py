@@ -89,6 +89,51 @@ def case_square():
     assert (code, report["verdict"]) == (0, "equal")
 
 
+DRAWN = """
+import mlx.core as mx
+import mlx.nn as mnn
+import torch
+from hypothesis import strategies as st
+from mlx_parity import Case, Loss, System
+
+class Theirs(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.norm = torch.nn.Linear(3, width), torch.nn.LayerNorm(width)
+    def forward(self, x):
+        return self.norm(self.a(x))
+
+class Ours(mnn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.a, self.norm = mnn.Linear(3, width), mnn.LayerNorm(width, eps=1e-3)
+    def __call__(self, x):
+        return self.norm(self.a(x))
+
+def build(net, shape):
+    net = net(shape["width"])
+    forward = lambda x: {"y": net(x)}
+    loss = Loss(lambda x: (net(x) ** 3).mean(), ("net",))
+    return System({"net": net}, forward, {"cubes": loss})
+
+CASES = (Case("norm", st.fixed_dictionaries({"n": st.integers(1, 9), "width": st.integers(2, 9)}),
+    build, Theirs, Ours, lambda shape, rng: {"x": rng.standard_normal((shape["n"], 3))}),)
+"""
+
+
+def test_a_case_that_fails_is_shrunk_located_and_explained(capsys: Any, tmp_path: Path):
+    page = tmp_path / "page.html"
+    path = written(tmp_path, DRAWN)
+    arguments = ("--examples", "3", "--no-compile", "--html", str(page))
+    code, (report,) = run(capsys, "check", f"{path}::norm", *arguments)
+    assert (code, report["verdict"]) == (1, "different")
+    assert [g["reference"] for g in report["guilty"]] == ["norm"]
+    assert report["diagnoses"][0]["trap_id"] == "norm-eps"
+    assert "found at {'n': 1, 'width': 2}" in " ".join(report["notes"])
+    assert {m["reference"] for m in report["modules"]} == {"", "a", "norm"}
+    assert "<svg" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "target", "said"),
     [

@@ -9,7 +9,7 @@ import mlx.optimizers as optim
 import pytest
 import torch
 
-from mlx_parity import check, compiles, probe
+from mlx_parity import check, compiles, probe_compiled
 from mlx_parity.variants import Variant, of_port
 from tests.frameworks import EPS
 
@@ -110,12 +110,12 @@ def test_the_report_lists_them():
 
 def test_frozen_weights_and_mode_of_a_compiled_forward():
     model = Model()
-    bare = by_name(probe(mx.compile(lambda x: model(x)), model, [X], module=model))
+    bare = by_name(probe_compiled(mx.compile(lambda x: model(x)), model, [X], module=model))
     assert "state" in bare or not bare["weights"].ok
     model = Model()
     state = [model.state]
     full = mx.compile(lambda x: model(x), inputs=state, outputs=state)
-    found = by_name(probe(full, model, [X], module=model))
+    found = by_name(probe_compiled(full, model, [X], module=model))
     assert found["result"].ok
     assert found["result"].traces == 1
     assert found["weights"].ok
@@ -126,10 +126,10 @@ def test_frozen_random_state():
     model = Model(dropout=0.5)
     state = [model.state]
     frozen = mx.compile(lambda x: model(x), inputs=state, outputs=state)
-    assert not by_name(probe(frozen, model, [X], module=model))["random state"].ok
+    assert not by_name(probe_compiled(frozen, model, [X], module=model))["random state"].ok
     state = [model.state, mx.random.state]
     alive = mx.compile(lambda x: model(x), inputs=state, outputs=state)
-    assert by_name(probe(alive, model, [X], module=model))["random state"].ok
+    assert by_name(probe_compiled(alive, model, [X], module=model))["random state"].ok
 
 
 def step_of(model: mnn.Module, optimizer: Any) -> Callable[[mx.array], mx.array]:
@@ -149,7 +149,7 @@ def test_frozen_optimizer(forgotten: bool):
     state = [model.state] if forgotten else [model.state, optimizer.state]
     compiled = mx.compile(step, inputs=state, outputs=state)
     before = mx.array(model.weight)
-    found = by_name(probe(compiled, step, [X], module=model, optimizer=optimizer))
+    found = by_name(probe_compiled(compiled, step, [X], module=model, optimizer=optimizer))
     assert mx.array_equal(model.weight, before)
     if not forgotten:
         assert all(v.ok for v in found.values()), [str(v) for v in found.values()]
