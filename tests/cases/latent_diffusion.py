@@ -223,4 +223,10 @@ SYSTEMS = tuple(
     )
 )
 
-CASES = (*SYSTEMS, case("latent diffusion, guidance", _guidance, _latents, cost=100))
+GUIDANCE = replace(
+    case("latent diffusion, guidance", _guidance, _latents, cost=100),
+    samples=True,  # what a step of DDIM on the latents costs
+    full_size=DIGITS,
+)
+
+CASES = (*SYSTEMS, GUIDANCE)
