@@ -22,7 +22,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from mlx_impl.diffusion import Schedule, ddim_sample, loss
-from mlx_impl.layers import Conv2d
+from mlx_impl.layers import Conv2d, silu
 from mlx_impl.optimizers import Adam
 from mlx_impl.precision import raised
 from mlx_impl.unet import Downsample, ResNetBlock, UNet, Upsample, group_norm
@@ -70,7 +70,7 @@ class Encoder(nn.Module):
         x = self.block[0](self.conv_in(x))
         for downsample, block in zip(self.downsample, self.block[1:], strict=True):
             x = block(downsample(x))
-        return self.conv_out(nn.silu(self.norm_out(x)))
+        return self.conv_out(silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         z = self.block[0](self.conv_in(z))
         for upsample, block in zip(self.upsample, self.block[1:], strict=True):
             z = block(upsample(z))
-        return self.conv_out(nn.silu(self.norm_out(z)))
+        return self.conv_out(silu(self.norm_out(z)))
 
 
 class Autoencoder(nn.Module):

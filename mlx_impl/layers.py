@@ -4,6 +4,9 @@ Under :func:`mlx_impl.precision.autocast` they are what PyTorch's are under ``to
 """
 
 import math
+import platform
+import sys
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,6 +55,29 @@ def leaky_relu(x: mx.array, negative_slope: float = 0.01) -> mx.array:
     """
     # A Python number takes the array's type, and 0.2 in bfloat16 is 0.2002.
     return mx.where(x > 0, x, (negative_slope * raised(x)).astype(x.dtype))
+
+
+# MLX's wheel for Linux on x86-64 is built without fused multiplication and addition, so that its
+# exponential calls a function for each of the eight it takes: 14 ns a number. libm's power has one
+# tuned for each processor: 3 ns, and nearly as accurate.
+_SLOW_EXPONENTIAL = sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+@mx.custom_function
+def _sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + mx.power(2.0, x * (-1 / math.log(2))))
+
+
+@_sigmoid.vjp
+def _sigmoid_vjp(_primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent * output * (1 - output)  # autodiff's is infinity times 0 below -88
+
+
+def silu(x: mx.array) -> mx.array:
+    """``nn.silu``, ``x * sigmoid(x)``, three times as fast on an x86-64 CPU; any shape."""
+    if not (_SLOW_EXPONENTIAL and backend() == "cpu" and x.dtype == mx.float32):
+        return nn.silu(x)
+    return x * cast(mx.array, _sigmoid(x))
 
 
 class Conv2d(nn.Conv2d):

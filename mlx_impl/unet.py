@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from mlx_impl.diffusion import sinusoidal_embedding
-from mlx_impl.layers import Conv2d, GroupNorm, Linear
+from mlx_impl.layers import Conv2d, GroupNorm, Linear, silu
 from mlx_impl.precision import single_on_cpu
 
 EPS = 1e-6
@@ -43,7 +43,7 @@ class TimeEmbedding(nn.Module):
 
     def __call__(self, timesteps: mx.array) -> mx.array:
         x = sinusoidal_embedding(timesteps, self.channels, self.dense0.weight.dtype)
-        return self.dense1(nn.silu(self.dense0(x)))
+        return self.dense1(silu(self.dense0(x)))
 
 
 class ResNetBlock(nn.Module):
@@ -65,10 +65,10 @@ class ResNetBlock(nn.Module):
             self.shortcut = Conv2d(in_channels, out_channels, 1)
 
     def __call__(self, x: mx.array, temb: mx.array | None = None) -> mx.array:
-        h = self.conv1(nn.silu(self.norm1(x)))
+        h = self.conv1(silu(self.norm1(x)))
         if temb is not None:
-            h = h + self.temb_proj(nn.silu(temb))[:, None, None]
-        h = self.conv2(nn.silu(self.norm2(h)))
+            h = h + self.temb_proj(silu(temb))[:, None, None]
+        h = self.conv2(silu(self.norm2(h)))
         return self.shortcut(x) + h
 
 
@@ -290,7 +290,7 @@ class UNet(nn.Module):
         h = self.mid_block2(self.mid_attn(h), temb)
         for up in self.up:
             h = up(h, temb, skips)
-        return self.conv_out(nn.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
     def _check_inputs(self, x: mx.array, timesteps: mx.array, labels: mx.array | None) -> None:
         if (

@@ -54,3 +54,42 @@ def test_mlxs_gradient_of_the_fused_norm_over_no_multiple_of_four():
 def test_mlxs_gradient_of_the_fused_norm_over_multiples_of_four(size):
     expected = gradient_of_the_fused_norm(size, mx.cpu)
     assert mx.allclose(gradient_of_the_fused_norm(size), expected, atol=1e-4)
+
+
+NUMBERS = np.random.default_rng(0).uniform(-12, 12, 100_000).astype(np.float32)
+
+
+def silu_and_its_derivatives(silu):
+    first = mx.grad(lambda x: silu(x).sum())
+    second = mx.grad(lambda x: first(x).sum())
+    return [np.array(f(mx.array(NUMBERS)), np.float64) for f in (silu, first, second)]
+
+
+def test_silu_is_nearly_as_accurate_as_mlxs(monkeypatch):
+    """Its errors, in the mean square, are at most half as large again; its derivatives' too."""
+    monkeypatch.setattr(layers, "_SLOW_EXPONENTIAL", True)
+    x = NUMBERS.astype(np.float64)
+    s = 1 / (1 + np.exp(-x))
+    slope = s * (1 + x * (1 - s))
+    exact = [x * s, slope, s * (1 - s) * (2 + x * (1 - 2 * s))]
+    for true, ours, theirs in zip(
+        exact,
+        silu_and_its_derivatives(layers.silu),
+        silu_and_its_derivatives(nn.silu),
+        strict=True,
+    ):
+        errors = [np.sqrt((((found - true) / x) ** 2).mean()) for found in (ours, theirs)]
+        assert errors[0] <= 1.5 * errors[1]
+
+
+def test_silu_is_mlxs_far_out_and_in_other_types(monkeypatch):
+    monkeypatch.setattr(layers, "_SLOW_EXPONENTIAL", True)
+    far = mx.array([-1e30, -1e4, -200.0, -0.0, 0.0, 200.0, 1e4, 1e30])
+    for take in (lambda f: f(far), lambda f: mx.grad(lambda x: f(x).sum())(far)):
+        assert mx.array_equal(take(layers.silu), take(nn.silu))
+    for dtype in (mx.float16, mx.bfloat16):
+        x = mx.array(NUMBERS).astype(dtype)
+        assert mx.array_equal(layers.silu(x), nn.silu(x))
+    monkeypatch.setattr(layers, "backend", lambda: "metal")
+    x = mx.array(NUMBERS)
+    assert mx.array_equal(layers.silu(x), nn.silu(x))
