@@ -786,3 +786,58 @@ class RootMissing(Trap):
     @staticmethod
     def fixed(bar: A, noise: A) -> A:
         return mx.sqrt(1 - bar) * noise
+
+
+class HalfPrecisionNumber(Trap):
+    """A Python number takes the type of the array beside it, and is rounded to it.
+
+    In bfloat16 0.999 is 1, 0.2 is 0.2002 and an eps of 1e-5 is 0.14 % off. PyTorch keeps the number
+    as it is and rounds the result only.
+    """
+
+    id = "half-precision-number"
+    title = "A Python number is rounded to the array's type"
+    fix = "(0.999 * x.astype(mx.float32)).astype(x.dtype)"
+    error = 1.0e-3
+
+    @staticmethod
+    def reference(x: T) -> T:
+        return 0.999 * x.bfloat16().to(x.dtype)
+
+    @staticmethod
+    def naive(x: A) -> A:
+        return (0.999 * x.astype(mx.bfloat16)).astype(mx.float32)
+
+    @staticmethod
+    def fixed(x: A) -> A:
+        return 0.999 * x.astype(mx.bfloat16).astype(mx.float32)
+
+
+class HalfPrecisionTimesteps(Trap):
+    """Timesteps, or positions, are cast to bfloat16 before their sines are taken.
+
+    It has 8 bits: of the steps from 512 to 1,000 only every fourth is left, and the angle of the
+    fastest wave is off by up to 2 and more. The result may be bfloat16, which its size bears.
+    """
+
+    id = "half-precision-timesteps"
+    title = "Timesteps in bfloat16 before sin and cos"
+    fix = "compute the angles in float32: mx.sin(t.astype(mx.float32) * frequencies)"
+    error = 1.15
+
+    @staticmethod
+    def draw(rng: Rng) -> dict[str, np.ndarray]:
+        return {"t": rng.integers(512, 1000, 9), "frequencies": rng.uniform(0.01, 1, 5)}
+
+    @staticmethod
+    def reference(t: T, frequencies: T) -> T:
+        return torch.sin(t[:, None] * frequencies)
+
+    @staticmethod
+    def naive(t: A, frequencies: A) -> A:
+        half = t.astype(mx.bfloat16)[:, None] * frequencies.astype(mx.bfloat16)
+        return mx.sin(half).astype(mx.float32)
+
+    @staticmethod
+    def fixed(t: A, frequencies: A) -> A:
+        return mx.sin(t.astype(mx.float32)[:, None] * frequencies)

@@ -327,6 +327,38 @@ class UnusedParameters(Trap):
         return opt.apply_gradients(grads, p) | {"unused": unused}
 
 
+class HalfPrecisionWeights(Trap):
+    """The optimizer runs on weights of bfloat16, and most of its updates are lost.
+
+    A weight of 0.5 has a unit in the last place of 0.0039, so an update of Adam's of 0.0002 rounds
+    away, however often it comes. The moments are bfloat16 as well, and in it a beta of 0.999 is 1:
+    `v` never decays. PyTorch's mixed precision keeps the weights and the optimizer in float32 and
+    rounds where it multiplies.
+    """
+
+    id = "half-precision-weights"
+    title = "Adam on bfloat16 weights loses its updates"
+    fix = "keep the parameters float32 and cast them in the forward: w.astype(mx.bfloat16)"
+    error = 1.0
+
+    @staticmethod
+    def draw(rng: Rng) -> dict[str, np.ndarray]:
+        return {"w": np.full((3, 4), 0.5), "grads": rng.uniform(0.5, 1.5, (20, 3, 4))}
+
+    @staticmethod
+    def reference(w: T, grads: T) -> T:
+        return _in_torch(torch.optim.Adam, w, grads, lr=2e-4)
+
+    @staticmethod
+    def naive(w: A, grads: A) -> A:
+        half = w.astype(mx.bfloat16)
+        return _in_mlx(optim.Adam(2e-4, bias_correction=True), half, grads.astype(mx.bfloat16))
+
+    @staticmethod
+    def fixed(w: A, grads: A) -> A:
+        return _in_mlx(PreciseAdam(2e-4, bias_correction=True), w, grads)
+
+
 class NullDirection(Trap):
     """A bias before a normalisation has no gradient, and Adam makes full steps of its rounding.
 
