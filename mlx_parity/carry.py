@@ -265,7 +265,9 @@ class Plan:
         """
         tensors = {}
         for name, tensor in reference_tensors(self.reference).items():
-            array = tensor.detach().cpu().numpy()
+            # NumPy has no bfloat16
+            half = tensor.dtype in (torch.bfloat16, torch.float16)
+            array = (tensor.float() if half else tensor).detach().cpu().numpy()
             if not np.isfinite(array).all():
                 raise NotFiniteError(
                     f"{name} of the reference holds NaN or infinity: nothing can be compared "

@@ -211,8 +211,14 @@ class MLXSide:
             plan.load({n.removeprefix(f"{m}."): a for n, a in point.items() if _of(m, n)})
             if self.half:  # what it holds in half precision it goes on holding so
                 loaded = flat(plan.port.parameters()).items()
-                restored = [(k, a.astype(self._dtypes[m][k])) for k, a in loaded]
+                restored = [(k, a.astype(self._kept(m, k, a))) for k, a in loaded]
                 plan.port.update(tree_unflatten(restored))
+
+    def _kept(self, module: str, name: str, array: mx.array) -> mx.Dtype:
+        """The type that a tensor of the port goes on having, whatever is loaded into it."""
+        if self.held == "float32" or not mx.issubdtype(array.dtype, mx.floating):
+            return self._dtypes[module][name]
+        return MLX_DTYPES[self.held]
 
     def _input(self, name: str, array: np.ndarray) -> mx.array:
         made = mx.array(channels_last(array) if name in self.images else array)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from torch import nn as tnn
 from mlx_parity import arguments
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import flat, reference_tensors
+from mlx_parity.case import Precision
 from mlx_parity.errors import CarryError, ParityError, SideError
 from mlx_parity.localise import pairs
 from mlx_parity.pairing import Map, Pairs, port_modules
 from mlx_parity.report import Report
+from mlx_parity.sides import MLX_DTYPES
 from mlx_parity.structure import copy_port
 from mlx_parity.weights import FoundPlan, Sanitize, find_plan
 
@@ -85,6 +87,8 @@ class Subject:
                 mode = "training" if self.training else "evaluation"
                 report.notes.append(f"the port was put into {mode} mode, as the reference is")
         self._set_mode()
+        self.held: Precision = "float32"
+        """What the port holds throughout; float32 where it holds several types."""
         self.plan = self._plan() if self.modular else None
 
     # ------------------------------------------------------------------------- the reference
@@ -192,16 +196,21 @@ class Subject:
             plan = find_plan(
                 self.prototype, self.port, map=asked.map, sanitize=asked.sanitize, **options
             )
-        halves = {
-            str(a.dtype).rpartition(".")[2]
-            for a in flat(self.port.parameters()).values()
-            if a.dtype in (mx.float16, mx.bfloat16)
-        }
+        found = {a.dtype for a in flat(self.port.parameters()).values()}
+        names = {n: t for n, t in MLX_DTYPES.items() if t in found}
+        halves = sorted(names.keys() - {"float32"})
         if halves and plan.links:
-            self.report.notes.append(
-                f"the port holds {', '.join(sorted(halves))}; it was compared in float32, in which "
-                "its formulas show"
-            )
+            if len(names) == 1 and asked.optimizer is None:
+                self.held = cast(Precision, halves[0])
+                self.report.notes.append(
+                    f"the port holds {halves[0]} throughout, and is judged by PyTorch's noise in "
+                    "it; a finer difference of formulas shows after port.set_dtype(mx.float32)"
+                )
+            else:
+                self.report.notes.append(
+                    f"the port holds {', '.join(halves)} in part; it was compared in float32, in "
+                    "which its formulas show"
+                )
         self.report.carried = plan.how
         self.report.notes += plan.notes
         self.report.unpaired = plan.pairs.unpaired

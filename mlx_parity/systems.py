@@ -45,6 +45,8 @@ def case_of(subject: Subject, agreed: Agreement) -> Case:
         weights=lambda shape, rng: _weights(subject),
         plan=lambda theirs, ours, **_: _plan(subject, theirs, ours),
         compile_step=_compile_step if subject.asked.optimizer is not None else None,
+        dtype=subject.held,
+        held=subject.held,
     )
 
 

@@ -23,7 +23,7 @@ from mlx_impl.convolution import conv2d
 from mlx_impl.diffusion import ddim_sample, linear_schedule
 from mlx_impl.precision import autocast, mixed, raised
 from mlx_impl.training import compile_step
-from mlx_parity import Case, Loss, System, climb, compare, jitter
+from mlx_parity import Case, Loss, System, check, climb, compare, jitter
 from mlx_parity.equality import EPS, ROUGH, rougher, spacing
 from mlx_parity.ladder import Climb, Rung
 from mlx_parity.sides import in_precision
@@ -104,7 +104,7 @@ def test_a_layer_multiplies_bfloat16_and_its_gradients_are_float32(name: str):
 
 @pytest.mark.parametrize("make", [mlx_impl.layers.BatchNorm, mlx_impl.layers.GroupNorm])
 def test_a_norm_returns_what_it_is_given(make: Callable):
-    norm = make(4) if make is mlx_impl.layers.BatchNorm else make(2, 4, pytorch_compatible=True)
+    norm = make(4) if make is mlx_impl.layers.BatchNorm else make(2, 4)
     x = mx.random.normal((3, 5, 6, 4), key=mx.random.key(0)).astype(BF16)
     assert norm(x).dtype == BF16
     assert norm(raised(x)).dtype == mx.float32
@@ -377,6 +377,47 @@ def test_half_precision_is_judged_by_pytorchs_in_the_same(dtype: str, held: str)
     climb(half_case(dtype, held), {}, seed=0, compiled=False).assert_ok()
     wrong = climb(half_case(dtype, held, slope=0.25), {}, seed=0, compiled=False)
     assert not wrong.ok
+
+
+class TorchNet(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = torch.nn.GroupNorm(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(self.norm(self.conv(x)))
+
+
+class Net(nn.Module):
+    def __init__(self, compatible: bool = True) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.group = nn.GroupNorm(4, 8, pytorch_compatible=compatible)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return nn.silu(self.group(self.stem(x)))
+
+
+@pytest.mark.parametrize("port", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("reference", ["bfloat16", "float32"])
+def test_check_judges_half_on_either_side(reference: str, port: str):
+    theirs, ours = TorchNet().to(getattr(torch, reference)), Net()
+    ours.set_dtype(getattr(mx, port))
+    x = torch.randn(2, 3, 7, 9, generator=torch.Generator().manual_seed(0))
+    report = check(theirs, ours, x.to(getattr(torch, reference)), explain=False)
+    assert report.ok, str(report)
+    throughout = f"the port holds {port} throughout" in str(report)
+    assert throughout == (port != "float32")
+    assert ours.stem.weight.dtype == getattr(mx, port)  # and it is left as it was
+
+
+def test_check_names_the_guilty_module_of_a_half_port():
+    port = Net(compatible=False)
+    port.set_dtype(BF16)
+    report = check(TorchNet(), port, torch.randn(2, 3, 7, 9))
+    assert not report.ok
+    assert [d.trap_id for d in report.diagnoses][:1] == ["norm-groups"]
 
 
 def test_what_cannot_be_held_is_refused():
