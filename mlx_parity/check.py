@@ -14,6 +14,7 @@ and :mod:`~mlx_parity.restore` leaves everything as it was found.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -21,20 +22,28 @@ from typing import Any
 
 from torch import nn as tnn
 
+from mlx_parity import updates
 from mlx_parity._backend import require_mlx
 from mlx_parity.blas import borrowed
-from mlx_parity.diagnose import lint
+from mlx_parity.diagnose import (
+    lint,
+    of_rounded_corrections,
+    of_two_optimizers,
+    of_updates,
+)
 from mlx_parity.errors import CarryError, ParityError, SideError
 from mlx_parity.explain import LOCATED, explain_what_is_no_module, locate, of_climb
 from mlx_parity.explain import explain as explained
+from mlx_parity.faint import RUNG, guilty_norms
 from mlx_parity.ladder import Rung
+from mlx_parity.localise import Guilty
 from mlx_parity.pairing import Map
 from mlx_parity.report import Report
 from mlx_parity.restore import restored
 from mlx_parity.subject import MODEL, Asked, Subject
 from mlx_parity.systems import case_of
 from mlx_parity.trial import agree, say
-from mlx_parity.verdict import Climbed, Course, Progress, judge
+from mlx_parity.verdict import RANKS, Climbed, Course, Progress, judge
 from mlx_parity.weights import Sanitize
 
 require_mlx()
@@ -168,16 +177,72 @@ def _check(
         report.settle()
         return
     climbed = judge(subject, agreed, case_of(subject, agreed), course, report, progress)
+    faint = _faint(subject, climbed, course, report, progress)
     wanted = _worth_reading(climbed) if localised is None else localised
     if subject.plan is not None and wanted and hasattr(climbed.climb, "port"):
         progress("module by module")
         paired = {MODEL: of_climb(climbed.climb, MODEL, subject.plan.pairs)}
         locate(climbed.climb, paired, agreed.loss, report, climbed.failed)
+    if climbed.failed in LOCATED and subject.plan is not None and not report.guilty:
+        faint = _faint_norms(subject, climbed)  # what differs by little in the whole
+    if faint:
+        report.guilty = faint
     if explain and climbed.failed:
         if subject.modular and hasattr(climbed.climb, "port"):
             progress("looking for a known cause")
             explained(climbed.climb, asked.map, report, climbed.failed)
         explain_what_is_no_module(subject, report)
+    _optimizers(asked, climbed, report)
+
+
+def _faint(
+    subject: Subject, climbed: Climbed, course: Course, report: Report, progress: Progress
+) -> list[Guilty]:
+    """Normalisations whose eps differs, which usual inputs do not show."""
+    if subject.plan is None or climbed.failed or not course.reaches("forward"):
+        return []
+    progress(RUNG)
+    found = _faint_norms(subject, climbed)
+    if found:
+        report.rungs.append(Rung(RUNG, False, tuple(g.finding for g in found)))
+        report.settle()
+        climbed.failed = RUNG
+    return found
+
+
+def _faint_norms(subject: Subject, climbed: Climbed) -> list[Guilty]:
+    climb = climbed.climb
+    if subject.plan is None or not hasattr(climb, "port"):
+        return []
+    climb.usual.load(climb.point)
+    climb.port.load(climb.point)
+    return guilty_norms(of_climb(climb, MODEL, subject.plan.pairs), subject.asked.seed)
+
+
+def _optimizers(asked: Asked, climbed: Climbed, report: Report) -> None:
+    """The two optimizers by themselves, where all else is equal or they are what differs."""
+    ladder = climbed.failed in ("", "optimizer step", "trajectory")
+    made = climbed.climb.usual.system.optimizers.get(MODEL)
+    if asked.optimizer is None or made is None or not ladder or len(made.param_groups) > 1:
+        return
+    given = asked.optimizer[1]
+    with suppress(Exception):  # an optimizer that needs more than gradients was judged in its step
+        ours = copy.deepcopy(given) if hasattr(given, "apply_single") else given()
+        wrong = tuple(f for f in updates.forgiven(made, ours) if not f.ok)
+        if not wrong:
+            if not all(f.ok for f in updates.alone(made, ours)):
+                report.diagnoses += of_rounded_corrections(made)
+            return
+        if not climbed.failed:
+            kept = [r for r in report.rungs if RANKS.get(r.name, 0) < RANKS["optimizer step"]]
+            report.rungs[:] = [*kept, Rung("optimizer step", False, wrong)]
+            report.settle()
+        cause = updates.explained(made, ours)
+        known = {d.trap_id for d in report.diagnoses}
+        if cause is not None and cause[0] not in known:
+            report.diagnoses = [*of_updates(*cause), *report.diagnoses]
+        elif not report.diagnoses:
+            report.diagnoses = of_two_optimizers(made, ours)
 
 
 def _draws(output: str) -> Rung:

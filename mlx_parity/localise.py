@@ -83,6 +83,21 @@ class Capture:
 
 
 @dataclass(frozen=True)
+class Called:
+    """How the port called a module, whose arguments need not be the reference's."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: dict[str, tuple[str, Layout]]
+    """Place of an argument to the reference's place of the same, and how the one becomes the
+    other. What is not among them, such as a mask or an index, stays as it was."""
+    outputs: tuple[tuple[str, str, Layout], ...]
+    """The reference's place of an output, the port's, and how they relate."""
+    gradients: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+    """Gradients of the module's own parameters under the reference's names."""
+
+
+@dataclass(frozen=True)
 class Guilty:
     """A module whose inputs agree and whose output, or whose gradient, does not."""
 
@@ -100,6 +115,7 @@ class Guilty:
     """``judge(port)`` feeds the reference's own inputs to ``port`` (called as the port's module is;
     None: the module itself) and holds its outputs, and for ``backward`` its gradients, against the
     reference's. So an alternative can be tried: the right one brings the bias back to 1."""
+    called: Called | None = field(default=None, compare=False, repr=False)
 
     @property
     def where(self) -> str:
@@ -326,6 +342,29 @@ class _Isolated:
         mine = theirs.calls[session.name("reference", k), 0]
         self.reference_place = _same_arrays(mine, {t.reference[1]: t.key for t in self.inputs})
         self.port_place = _same_arrays(self.port_call, {t.port[1]: t.key for t in self.inputs})
+
+    def called(self) -> Called:
+        by_key = {t.key: t for t in self.inputs}
+        inside, here = self.pair.reference_path, self.pair.port_path
+        plan = self.session.climb.port.plans[self.m]
+
+        def gradients(own: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            found = plan.to_reference(
+                {".".join(p for p in (here, n) if p): a for n, a in own.items()}
+            )
+            prefix = f"{inside}." if inside else ""
+            return {n.removeprefix(prefix): g for n, g in found.items() if n.startswith(prefix)}
+
+        return Called(
+            self.port_call.args,
+            self.port_call.kwargs,
+            {
+                place: (by_key[key].reference[1], by_key[key].layout)
+                for place, key in self.port_place.items()
+            },
+            tuple((t.reference[1], t.port[1], t.layout) for t in self.outputs),
+            gradients,
+        )
 
     def point(self, captured: Captured) -> Results:
         """The reference's own inputs and gradients, rounded to float32 for all sides alike."""
@@ -649,6 +688,7 @@ def _guilty(
                     _captured(session, k, theirs),
                     _ends(session, k, readings) if direction == "forward" else None,
                     _judging(session, k, tensors, theirs, ours),
+                    _Isolated(session, k, tensors, theirs, ours).called(),
                 )
             )
     found.sort(key=lambda g: next(r.order for r in readings.values() if r.pair is g.pair))
@@ -703,7 +743,8 @@ def _guilty_buffer(
         if name.rpartition(".")[0] == inside and agree:
             judge = _judging(session, k, tensors, theirs, ours)
             capture = _captured(session, k, theirs)
-            return [Guilty(reading.pair, "forward", finding, capture, None, judge)]
+            called = _Isolated(session, k, tensors, theirs, ours).called()
+            return [Guilty(reading.pair, "forward", finding, capture, None, judge, called)]
     return []
 
 

@@ -669,7 +669,10 @@ def pair_modules(
         for a, b in _nested(a_paths, b_paths):
             add(a, b, "structure")
 
-    _add_unparametrised(theirs, ours, plain, pairs, add, mapping)
+    def contain_alike(a: str, b: str) -> bool:
+        return inside.get(a, frozenset()) == within.get(b, frozenset())
+
+    _add_unparametrised(theirs, ours, plain, pairs, add, mapping, contain_alike)
     order = {path: i for i, path in enumerate(theirs)}
     ordered = sorted(pairs.values(), key=lambda p: (order[p.reference_path], p.part or (0, 0)))
     return Pairs(ordered, _unpaired(theirs, ours, ordered, matches, mapping))
@@ -720,6 +723,7 @@ def _add_unparametrised(
     pairs: Mapping[tuple[str, str], ModulePair],
     add: Any,
     mapping: Map,
+    contain_alike: Callable[[str, str], bool],
 ) -> None:
     """Activations, pools and the like: by the name they have inside a pair of containers."""
     partner: dict[str, str] = dict(pairs.keys())
@@ -739,7 +743,8 @@ def _add_unparametrised(
             there = option if option in ours else plain.get(option)
             if there is None or there in taken:
                 continue
-            if there == path or _alike_types(module, ours[there]):
+            same = there == path and contain_alike(path, there)
+            if same or _alike_types(module, ours[there]):
                 add(path, there, "name")
                 partner[path] = there
                 taken.add(there)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import flat, reference_tensors
+from mlx_parity.layout import distance
 from mlx_parity.localise import ModulePair
 
 require_mlx()
@@ -247,13 +249,40 @@ def _others(theirs: Any, ours: Any) -> Clues:
         here = 1 - ours._p_1
         if _differ(float(theirs.p), float(here)):
             yield "module-setting", _said("p", float(here), float(theirs.p))
-    if isinstance(theirs, tnn.Softmax) and isinstance(ours, mnn.Softmax):
-        return
+    embeddings = isinstance(theirs, tnn.Embedding) and isinstance(ours, mnn.Embedding)
+    if embeddings and theirs.padding_idx is not None:
+        yield "embedding-padding", f"the original's padding_idx is {theirs.padding_idx}"
     if isinstance(theirs, tnn.RNNBase) and isinstance(ours, mnn.LSTM | mnn.GRU | mnn.RNN):
         here = "bias" in ours or "b" in ours
         if theirs.bias != here:
             yield "recurrent-biases", _said("bias", here, theirs.bias)
 
+
+def _constants(theirs: Any, ours: Any) -> Clues:
+    """Buffers that the port does not hold as weights but has computed for itself."""
+    own = {
+        key: np.array(value.astype(mx.float32), np.float64)
+        for module in [ours, *(m for _, m in ours.named_modules())]
+        for key, value in module.items()
+        if isinstance(value, mx.array) and key.startswith("_")
+    }
+    for name, buffer in theirs.named_buffers(recurse=False):
+        right = buffer.detach().to(torch.float64).numpy()
+        alike = {k: a for k, a in own.items() if a.squeeze().shape == right.squeeze().shape}
+        if not buffer.is_floating_point() or right.size < 2 or not alike:
+            continue
+        off = {k: distance(right.squeeze(), a.squeeze()) for k, a in alike.items()}
+        nearest = min(off, key=lambda k: off[k])
+        if off[nearest] > _ROUNDING:
+            yield (
+                "constant-differs",
+                f"{nearest} of the port is not {name} of the original: it is {off[nearest]:.2g} of "
+                "its size away",
+            )
+
+
+_ROUNDING = 1e-5
+"""Relative distance below which two computations of a constant are the same."""
 
 _HEADS = ("num_heads", "n_heads", "heads", "n_head", "num_attention_heads", "nhead")
 
@@ -302,6 +331,7 @@ RULES: tuple[Callable[[Any, Any], Clues], ...] = (
     _pools,
     _upsampling,
     _others,
+    _constants,
     _settings,
     _mode,
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
-from mlx_parity.carry import channels_last, reference_tensors
+from mlx_parity.carry import reference_tensors
 from mlx_parity.case import Case, Loss, System
 from mlx_parity.errors import ParityError
 from mlx_parity.structure import copy_port, leaves
@@ -34,14 +34,17 @@ def case_of(subject: Subject, agreed: Agreement) -> Case:
     Made once for a subject: its first system of the port holds the subject's own copy.
     """
     builders = _Builders(subject, agreed)
+    directions = builders.directions
+    arrays = subject.arguments.arrays | {n: agreed.cotangents[a] for a, n in directions.items()}
+    images = {n for a, n in directions.items() if say(a) in agreed.images}
     return Case(
         name=subject.asked.title,
         shapes=st.just({}),
         build=lambda library, shape: getattr(builders, library)(),
         reference="reference",
         port="port",
-        inputs=lambda shape, rng: dict(subject.arguments.arrays),
-        images=agreed.images,
+        inputs=lambda shape, rng: dict(arrays),
+        images=agreed.images | images,
         weights=lambda shape, rng: _weights(subject),
         plan=lambda theirs, ours, **_: _plan(subject, theirs, ours),
         compile_step=_compile_step if subject.asked.optimizer is not None else None,
@@ -83,6 +86,20 @@ class _Builders:
         self.losses = _two(subject.asked.loss)
         self.of = (MODEL,) if subject.modular else ()
         self.port_in_use = False
+        # What the outputs are projected on varies with the inputs: a last bias's gradient is a sum
+        # of it alone, and rounds at every point alike if it is the same at every point.
+        self.directions = {
+            a: f"direction{i}"
+            for i, a in enumerate(agreed.cotangents if self.losses[0] is None else ())
+        }
+
+    def _names(self) -> list[str]:
+        """Of a step's arrays."""
+        return [*self.subject.arguments.arrays, *self.directions.values()]
+
+    def _own(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Without the directions, which no model takes."""
+        return {n: x for n, x in inputs.items() if n not in self.directions.values()}
 
     def _system(self, module: Any, forward: Any, loss: Any) -> System:
         losses = {} if self.agreed.loss is None else {self.agreed.loss: Loss(loss, self.of)}
@@ -105,18 +122,15 @@ class _Builders:
             return last[0][1]
 
         def forward(**inputs: Any) -> dict[str, Any]:
-            output = leaves(run(inputs))
+            output = leaves(run(self._own(inputs)))
             return {say(a): output[a] for a in agreed.cotangents}
 
         def loss(**inputs: Any) -> Any:
-            output = run(inputs)
+            output = run(self._own(inputs))
             if compute is not None:
                 return compute(output, *subject.arguments.loss(inputs))
             found = leaves(output)
-            return sum(
-                (found[a] * torch.from_numpy(c).to(found[a].dtype)).sum()
-                for a, c in agreed.cotangents.items()
-            )
+            return sum((found[a] * inputs[n]).sum() for a, n in self.directions.items())
 
         system = self._system(module, forward, loss)
         if subject.asked.optimizer is None or not subject.modular:
@@ -124,7 +138,7 @@ class _Builders:
 
         def step(module: Any, optimizer: Any, *arrays: Any) -> list[Any]:
             optimizer.zero_grad()
-            value = loss(**dict(zip(subject.arguments.arrays, arrays, strict=True)))
+            value = loss(**dict(zip(self._names(), arrays, strict=True)))
             value.backward()
             optimizer.step()
             return [value.detach()]
@@ -140,7 +154,7 @@ class _Builders:
         self.port_in_use = True
 
         def forward(**inputs: Any) -> dict[str, Any]:
-            output = leaves(subject.run_port(module, inputs))
+            output = leaves(subject.run_port(module, self._own(inputs)))
             return {
                 say(a): output[b]
                 for b, a in agreed.outputs.items()
@@ -148,16 +162,14 @@ class _Builders:
             }
 
         def loss(**inputs: Any) -> Any:
-            output = subject.run_port(module, inputs)
+            output = subject.run_port(module, self._own(inputs))
             if compute is not None:
                 return compute(output, *subject.arguments.loss(inputs))
             found = leaves(output)
             total = mx.array(0.0)
             for b, a in agreed.outputs.items():
-                if a in agreed.cotangents:
-                    c = agreed.cotangents[a]
-                    c = channels_last(c) if say(a) in agreed.images else c
-                    total = total + (found[b] * mx.array(c)).sum()
+                if a in self.directions:
+                    total = total + (found[b] * inputs[self.directions[a]]).sum()
             return total
 
         system = self._system(module, forward, loss)
@@ -165,7 +177,7 @@ class _Builders:
             return system
 
         def step(module: Any, optimizer: Any, *arrays: Any) -> list[Any]:
-            inputs = dict(zip(subject.arguments.arrays, arrays, strict=True))
+            inputs = dict(zip(self._names(), arrays, strict=True))
             value, grads = mnn.value_and_grad(module, lambda: loss(**inputs))()
             optimizer.update(module, grads)
             return [value]

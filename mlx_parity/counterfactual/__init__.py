@@ -18,7 +18,13 @@ from torch import nn as tnn
 from mlx_parity.counterfactual.alternative import Alternative
 from mlx_parity.counterfactual.gradients import of_parameters
 from mlx_parity.counterfactual.modules import of_children, of_mode, of_settings, of_whole
-from mlx_parity.counterfactual.tracing import Trace, of_calls, of_neighbours
+from mlx_parity.counterfactual.tracing import (
+    Trace,
+    of_calls,
+    of_neighbours,
+    of_other_tensors,
+    of_rotations,
+)
 
 
 def alternatives(
@@ -27,15 +33,23 @@ def alternatives(
     """Every alternative for ``module``, likely ones first; ``call(module)`` calls it once."""
     with Trace(backward) as trace:
         call(copy.deepcopy(module))
-    found = list(of_calls(trace.calls))
+    found = list(of_calls(trace.calls, trace.shapes))
     if backward:
         found += of_parameters(module)
+    found += of_rotations(trace)
     found += of_neighbours(trace)
     found += of_children(module)
-    found += of_settings(module)
+    settings = list(of_settings(module))
+    found += settings
     found += of_mode(module)
     found += of_whole(module)
-    return sorted(found, key=lambda a: a.fit is not None)  # a number found explains the least
+    found += of_calls(trace.inserted, trace.shapes)
+    found += of_other_tensors(trace)
+    # A number found explains the least, and one that has a name more than others.
+    named = {id(a) for a in settings}
+    return sorted(
+        found, key=lambda a: (a.fit is not None, a.fit is not None and id(a) not in named)
+    )
 
 
 __all__ = ["Alternative", "alternatives"]

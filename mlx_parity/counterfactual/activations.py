@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[T], T]] = {
     "mish": F.mish,
     "selu": F.selu,
     "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
     "x * sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
 }
@@ -74,6 +75,16 @@ def _dropout(call: Call) -> Proposals:
     if not training:
         return
     yield Change("training-mode", "no dropout", lambda c: c.run(training=False))
+
+
+def inserted(call: Call) -> Proposals:
+    """An activation where the original has none."""
+    for kind in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"):
+        yield Change(
+            "activation-kind",
+            f"{kind} after {call.name}",
+            lambda c, f=ACTIVATIONS[kind]: f(c.run()),
+        )
 
 
 PROPOSALS: dict[str, Proposer] = {

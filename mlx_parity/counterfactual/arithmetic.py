@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from mlx_parity.counterfactual.activations import ACTIVATIONS
+from mlx_parity.counterfactual.attention import opposite
 from mlx_parity.counterfactual.calls import Call, Change, Proposals, Proposer, T
 
 
@@ -13,24 +15,104 @@ def _add(call: Call) -> Proposals:
     a, b = call.args[0], call.args[1] if len(call.args) > 1 else None
     if not (isinstance(a, T) and isinstance(b, T)):
         return
-    if a.shape == b.shape or b.numel() < a.numel():
+    if _spans(a, b):
         yield Change("residual-dropped", "the second summand is missing", lambda c: c.args[0] * 1)
-    if a.shape == b.shape or a.numel() < b.numel():
+    if _spans(b, a):
         yield Change("residual-dropped", "the first summand is missing", lambda c: c.args[1] * 1)
     yield Change("residual-dropped", "a difference for a sum", lambda c: c.args[0] - c.args[1])
+    if _like_a_mask(b, a):
+        yield Change(
+            "attention-mask",
+            "the mask's last two axes exchanged",
+            lambda c: c.args[0] + c.args[1].transpose(-1, -2),
+        )
+        yield Change(
+            "attention-mask", "the opposite mask", lambda c: c.args[0] + opposite(c.args[1])
+        )
+    for i, said in ((1, "second"), (0, "first")):
+        yield Change(
+            "scale-factor",
+            f"the {said} summand times {{:.6g}}",
+            lambda c, s, i=i: c.args[1 - i] + s * c.args[i],
+            fit=(1.0, False),
+        )
+
+
+def _like_a_mask(mask: T, scores: T) -> bool:
+    """Whether a summand is added to every row, or column, of scores: it holds two values."""
+    return (
+        mask.ndim == scores.ndim > 2
+        and scores.shape != mask.shape
+        and len(torch.unique(mask.detach())) == 2
+    )
 
 
 def _mul(call: Call) -> Proposals:
     a, b = call.args[0], call.args[1] if len(call.args) > 1 else None
-    if isinstance(a, T) and isinstance(b, T) and a.shape != b.shape and b.numel() > 1:
+    said = "divisor" if call.name.startswith("div") else "factor"
+    if not isinstance(a, T):
         return
-    if isinstance(a, T):
-        yield Change("scale-factor", "no factor", lambda c: c.args[0] * 1)
+    if not isinstance(b, T) or _spans(a, b):
+        yield Change("scale-factor", f"no {said}", lambda c: c.args[0] * 1)
+    if isinstance(b, T) and said == "factor":
+        yield from _product(a, b)
+    if not isinstance(b, T) or b.numel() == 1 or a.shape == b.shape:
         yield Change(
             "scale-factor",
             f"times {{:.6g}} more ({call.name})",
             lambda c, s: s * c.run(),
             fit=(1.0, False),
+        )
+
+
+def _product(a: T, b: T) -> Proposals:
+    if _spans(b, a):
+        yield Change("scale-factor", "no first factor", lambda c: c.args[1] * 1)
+    if a.shape == b.shape and a.is_floating_point():
+        yield Change("scale-factor", "a sum for a product", lambda c: c.args[0] + c.args[1])
+        for kind, function in ACTIVATIONS.items():
+            yield Change(  # x * sigmoid(1.702 x), written out
+                "gelu-approximation" if "gelu" in kind else "activation-kind",
+                f"{kind} for a product",
+                lambda c, f=function: f(c.args[0]),
+            )
+
+
+def _spans(a: T, b: T) -> bool:
+    """Whether ``a`` alone has the shape that both have together."""
+    return torch.broadcast_shapes(a.shape, b.shape) == a.shape
+
+
+def _from_one(call: Call) -> Proposals:
+    """``1 - x``."""
+    yield Change("scale-factor", "no complement (x for 1 - x)", lambda c: c.args[0] * 1)
+
+
+def _matmul(call: Call) -> Proposals:
+    yield Change(
+        "attention-scale",
+        "a product of matrices times {:.6g}",
+        lambda c, s: s * c.run(),
+        fit=(1.0, False),
+    )
+    b = call.args[1]
+    if b.ndim > 1 and b.shape[-1] == b.shape[-2]:
+        yield Change(
+            "weight-transposed",
+            "the second matrix transposed",
+            lambda c: c.func(c.args[0], c.args[1].transpose(-1, -2)),
+        )
+
+
+def _norm(call: Call) -> Proposals:
+    yield Change("root-missing", "the norm's square", lambda c: c.run() ** 2)
+    for p in (1, torch.inf):
+        yield Change(
+            "scale-factor",
+            f"a norm of order {p}",
+            lambda c, p=p: torch.linalg.vector_norm(
+                c.x, p, c.kwargs.get("dim"), c.kwargs.get("keepdim", False)
+            ),
         )
 
 
@@ -52,6 +134,23 @@ def _reduction(call: Call) -> Proposals:
         f"{other.__name__} for {call.name}",
         lambda c: other(*c.args, **c.kwargs),
     )
+    dim = call.get("dim", call.args[1] if len(call.args) > 1 else None)
+    if dim is None:
+        return
+    keep = bool(call.kwargs.get("keepdim", False))
+    for name, function in (("maximum", torch.amax), ("minimum", torch.amin)):
+        yield Change(
+            "pooling-kind",
+            f"the {name} for the {call.name}",
+            lambda c, f=function: f(c.x, dim, keep),
+        )
+    if isinstance(dim, int):
+        for at, said in ((0, "first"), (-1, "last")):
+            yield Change(
+                "pooling-kind",
+                f"the {said} for the {call.name}",
+                lambda c, i=at: c.x.select(dim, i).unsqueeze(dim) if keep else c.x.select(dim, i),
+            )
 
 
 def _variance(call: Call) -> Proposals:
@@ -67,6 +166,9 @@ def _variance(call: Call) -> Proposals:
 PROPOSALS: dict[str, Proposer] = {
     **dict.fromkeys(("add", "add_"), _add),
     **dict.fromkeys(("mul", "mul_", "div", "div_"), _mul),
+    **dict.fromkeys(("norm", "vector_norm"), _norm),
+    **dict.fromkeys(("rsub", "__rsub__"), _from_one),
+    "matmul": _matmul,
     **dict.fromkeys(("sqrt", "rsqrt"), _sqrt),
     **dict.fromkeys(("mean", "sum"), _reduction),
     **dict.fromkeys(("var", "std"), _variance),

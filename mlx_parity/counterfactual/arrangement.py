@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,14 @@ from mlx_parity.counterfactual.calls import Call, Change, Proposals, Proposer, T
 def _cat(call: Call) -> Proposals:
     tensors = call.get("tensors", call.x)
     dim = call.get("dim", 0)
+    if len({t.shape for t in tensors}) == 1 and len(tensors) > 1:
+        yield Change(
+            "concatenation-order",
+            "interleaved, not one behind the other",
+            lambda c: torch.stack(
+                tuple(c.get("tensors", c.x)), dim if dim < 0 else dim + 1
+            ).flatten(*((dim - 1, dim) if dim < 0 else (dim, dim + 1))),
+        )
     for order in itertools.permutations(range(len(tensors))) if len(tensors) < 5 else ():
         if order != tuple(range(len(tensors))):
             yield Change(
@@ -25,6 +34,8 @@ def _cat(call: Call) -> Proposals:
 def _getitem(call: Call) -> Proposals:
     index = call.args[1]
     keys = index if isinstance(index, tuple) else (index,)
+    yield from _pooled(call, keys)
+    yield from _shifted(call, keys)
     for i, key in enumerate(keys):
         if isinstance(key, int) and not isinstance(key, bool):
             for other in (key - 1, key + 1):
@@ -44,12 +55,132 @@ def _getitem(call: Call) -> Proposals:
             )
 
 
+def _pooled(call: Call, keys: tuple[Any, ...]) -> Proposals:
+    """One position of a sequence taken: the first, the last, the mean in its stead."""
+    x, y = call.x, call.run()
+    if not isinstance(y, T) or x.ndim < 3 or y.ndim != x.ndim - 1 or y.shape[0] != x.shape[0]:
+        return
+    if y.shape != x[:, 0].shape:
+        return
+    for said, pooled in (
+        ("the first position", lambda x: x[:, 0]),
+        ("the last position", lambda x: x[:, -1]),
+        ("the mean over the positions", lambda x: x.mean(1)),
+        ("the maximum over the positions", lambda x: x.amax(1)),
+    ):
+        if not torch.equal(pooled(x), y):
+            yield Change("pooling-kind", said, lambda c, f=pooled: f(c.x))
+
+
+def _shifted(call: Call, keys: tuple[Any, ...]) -> Proposals:
+    """A slice that begins elsewhere, as after a convolution that is padded on both sides."""
+    x = call.x
+    keys = tuple(k for k in keys if k is not None)
+    at = next((i for i, k in enumerate(keys) if k is Ellipsis), None)
+    for i, key in enumerate(keys):
+        if not isinstance(key, slice) or key.step not in (None, 1):
+            continue
+        axis = i if at is None or i < at else x.ndim - len(keys) + i
+        start, stop, _ = key.indices(x.shape[axis])
+        for shift in (1, 2, 3, -1, -2, -3):
+            if (
+                stop - start < x.shape[axis]
+                and start + shift >= 0
+                and stop + shift <= x.shape[axis]
+            ):
+                yield Change(
+                    "slice-shifted",
+                    f"elements {start + shift} to {stop + shift} for {start} to {stop}",
+                    lambda c, a=axis, s=start + shift, n=stop - start: c.x.narrow(a, s, n),
+                )
+
+
+def _permuted(call: Call) -> Proposals:
+    """Axes left as they are, where the shape allows it."""
+    x, y = call.x, call.run()
+    if isinstance(y, T) and y.shape == x.shape and x.ndim > 2:
+        yield Change("axes-order", f"no {call.name}", lambda c: c.x * 1)
+
+
+def _repeat(call: Call) -> Proposals:
+    """Repeated in turn, or each element by itself."""
+    x = call.x
+    if call.name == "repeat_interleave":
+        count, dim = call.get("repeats", call.args[1] if len(call.args) > 1 else 1), None
+        dim = call.get("dim", call.args[2] if len(call.args) > 2 else None)
+        if isinstance(count, int) and dim is not None:
+            yield Change(
+                "repeat-interleaves",
+                "the whole repeated, not each element",
+                lambda c: torch.cat([c.x] * count, dim),
+            )
+        return
+    sizes = call.args[1:] if isinstance(call.args[1], int) else call.args[1]
+    axes = [i for i, n in enumerate(sizes) if n > 1]
+    if len(sizes) == x.ndim and len(axes) == 1:
+        yield Change(
+            "repeat-interleaves",
+            "each element repeated, not the whole",
+            lambda c: c.x.repeat_interleave(sizes[axes[0]], axes[0]),
+        )
+
+
+def _topk(call: Call) -> Proposals:
+    k, dim = call.args[1], call.get("dim", call.args[2] if len(call.args) > 2 else -1)
+    yield Change("topk-order", "the smallest for the largest", lambda c: c.x.topk(k, dim, False))
+    for other in (k - 1, k + 1):
+        if 0 < other <= call.x.shape[dim]:
+            yield Change(
+                "module-setting",
+                f"the {other} largest for {k}",
+                lambda c, n=other: c.x.topk(n, dim),
+            )
+
+
+def _extreme(call: Call) -> Proposals:
+    other = {"argmax": torch.argmin, "argmin": torch.argmax}[call.name]
+    yield Change(
+        "topk-order", f"{other.__name__} for {call.name}", lambda c: other(*c.args, **c.kwargs)
+    )
+
+
+def _pixel_shuffle(call: Call) -> Proposals:
+    r = call.args[1]
+
+    def reordered(c: Call, order: str) -> T:
+        n, _, h, w = c.x.shape
+        sizes = {"c": c.x.shape[1] // r**2, "i": r, "j": r}
+        x = c.x.reshape(n, *(sizes[a] for a in order), h, w)
+        channel, row, column = (1 + order.index(a) for a in "cij")
+        return x.permute(0, channel, 4, row, 5, column).reshape(n, -1, r * h, r * w)
+
+    for order, said in (
+        ("ijc", "the block's rows and columns before the channels"),
+        ("cji", "columns of a block before its rows"),
+        ("jic", "the block's columns and rows before the channels"),
+    ):
+        yield Change("pixel-shuffle-order", said, lambda c, o=order: reordered(c, o))
+
+
+def _arange(call: Call) -> Proposals:
+    """Positions that begin at 0, or one further, or are turned."""
+    y = call.run()
+    if y.ndim != 1 or len(y) < 2:
+        return
+    if y[0] != 0:
+        yield Change("position-offset", "positions from 0", lambda c: c.run() - c.run()[0])
+    for shift in (1, -1):
+        yield Change("position-offset", f"positions {shift:+d}", lambda c, s=shift: c.run() + s)
+    yield Change("position-offset", "positions backwards", lambda c: c.run().flip(0))
+
+
 def _chunk(call: Call) -> Proposals:
     parts = call.run()
     count = len(parts)
-    if 2 <= count <= 4 and len({tuple(p.shape) for p in parts}) == 1:
+    if 2 <= count <= 4:
         for order in itertools.permutations(range(count)):
-            if order != tuple(range(count)):
+            alike = all(parts[i].shape == parts[j].shape for i, j in enumerate(order))
+            if alike and order != tuple(range(count)):
                 yield Change(
                     "gate-order",
                     f"the parts in the order {list(order)}",
@@ -67,6 +198,17 @@ def _flatten(call: Call) -> Proposals:
             "flatten-order",
             "flattened as (H, W, C)",
             lambda c: c.x.permute(0, 2, 3, 1).reshape(c.run().shape),
+        )
+    if x.ndim == 4 and y.ndim == 3 and x.shape[0] == y.shape[0]:
+        yield Change(
+            "axes-order",
+            "axes 1 and 2 not exchanged before",
+            lambda c: c.x.transpose(1, 2).reshape(c.run().shape),
+        )
+        yield Change(
+            "axes-order",
+            "the last two axes exchanged before",
+            lambda c: c.x.transpose(2, 3).reshape(c.run().shape),
         )
     if x.ndim == 2 and y.ndim == 4:
         yield Change(
@@ -100,5 +242,11 @@ PROPOSALS: dict[str, Proposer] = {
     **dict.fromkeys(("cat", "concat"), _cat),
     **dict.fromkeys(("chunk", "split", "unbind"), _chunk),
     **dict.fromkeys(("flatten", "reshape", "view", "unflatten"), _flatten),
+    **dict.fromkeys(("repeat", "tile", "repeat_interleave"), _repeat),
+    **dict.fromkeys(("transpose", "permute", "swapaxes"), _permuted),
+    **dict.fromkeys(("argmax", "argmin"), _extreme),
     "__getitem__": _getitem,
+    "arange": _arange,
+    "pixel_shuffle": _pixel_shuffle,
+    "topk": _topk,
 }

@@ -10,6 +10,15 @@ from mlx_parity.counterfactual.calls import Call, Change, Proposals, Proposer, T
 
 
 def _pad(call: Call) -> Proposals:
+    widths = call.get("pad", call.args[1] if len(call.args) > 1 else ())
+    if len(widths) == 2 and sum(widths) > 0:
+        total = sum(widths)
+        for before in {0, total // 2, total - total // 2, total} - {widths[0]}:
+            yield Change(
+                "conv-geometry",
+                f"padded by {before} before and {total - before} behind",
+                lambda c, b=before: F.pad(c.x, (b, total - b), *c.args[2:], **c.kwargs),
+            )
     for mode in ("constant", "reflect", "replicate", "circular"):
         if mode != call.get("mode", "constant"):
             yield Change(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn as tnn
 from torch.overrides import TorchFunctionMode
 
@@ -20,9 +22,9 @@ from mlx_parity.counterfactual import (
     sampling,
     weighted,
 )
-from mlx_parity.counterfactual.activations import ACTIVATIONS
+from mlx_parity.counterfactual.activations import ACTIVATIONS, inserted
 from mlx_parity.counterfactual.alternative import Alternative
-from mlx_parity.counterfactual.calls import Call, Change, Proposer
+from mlx_parity.counterfactual.calls import Call, Change, Proposer, T
 from mlx_parity.counterfactual.gradients import STOPS, backward
 
 _FAMILIES = (
@@ -41,7 +43,10 @@ PROPOSALS: dict[str, Proposer] = {
 }
 """What might be changed about a call, by the function's name."""
 
-TRACED = frozenset((*PROPOSALS, *STOPS, "detach", "matmul", "sub"))
+_INSERTED_AFTER = ("add", "linear", "conv1d", "conv2d", "matmul", *norms.NAMES)
+"""Calls behind which an activation may stand."""
+
+TRACED = frozenset((*PROPOSALS, *STOPS, *_INSERTED_AFTER, "detach", "sub", "sin", "cos"))
 """The functions whose calls are numbered."""
 
 
@@ -52,7 +57,9 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.backward = backward
         self.calls: list[tuple[str, list[Change]]] = []
+        self.inserted: list[tuple[str, list[Change]]] = []
         self.recorded: list[Call] = []
+        self.results: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = Call(func, args, kwargs or {})
@@ -64,14 +71,29 @@ class Trace(TorchFunctionMode):
                 if self.backward:
                     changes += backward(call)
             self.calls.append((call.name, changes))
+            more = inserted(call) if call.name in _INSERTED_AFTER and not self.backward else ()
+            self.inserted.append((call.name, list(more)))
             self.recorded.append(call)
+            self.results.append(func(*args, **(kwargs or {})))
+            return self.results[-1]
         return func(*args, **(kwargs or {}))
+
+    @property
+    def shapes(self) -> list[str]:
+        """Of each call's arguments, in words that are equal where they are."""
+
+        def said(value: Any) -> Any:
+            if isinstance(value, T):
+                return tuple(value.shape)
+            return [said(v) for v in value] if isinstance(value, tuple | list) else value
+
+        return [str([said(a) for a in call.args]) for call in self.recorded]
 
 
 class Changed(TorchFunctionMode):
     """Does some of the calls otherwise: ``changes`` by the call's number among those traced."""
 
-    def __init__(self, changes: dict[int, Callable[[Call], Any]]):
+    def __init__(self, changes: Mapping[int, Callable[[Call], Any]]):
         super().__init__()
         self.changes, self.at = changes, 0
 
@@ -84,8 +106,13 @@ class Changed(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if change is None else change(call)
 
 
-def of_calls(calls: Sequence[tuple[str, list[Change]]]) -> Iterator[Alternative]:
-    """Each change at each call, and each at all calls of a function at once."""
+def of_calls(
+    calls: Sequence[tuple[str, list[Change]]], shapes: Sequence[str]
+) -> Iterator[Alternative]:
+    """Each change at each call, at all calls of a function at once, and at those of equal shapes.
+
+    ``shapes`` says of each call what shapes its arguments have.
+    """
 
     def made(change: Change, at: tuple[int, ...], where: str) -> Alternative:
         def alternative(number: float | None) -> Alternative:
@@ -113,6 +140,15 @@ def of_calls(calls: Sequence[tuple[str, list[Change]]]) -> Iterator[Alternative]
             change = members[0][1]
             yield made(change, tuple(i for i, _ in members), f", in every {name}")
     for (name, _, _), members in groups.items():
+        alike: dict[str, list[tuple[int, Change]]] = {}
+        for i, change in members:
+            alike.setdefault(shapes[i], []).append((i, change))
+        for some in alike.values():
+            if 1 < len(some) < len(members):
+                yield made(
+                    some[0][1], tuple(i for i, _ in some), f", in every {name} of its shapes"
+                )
+    for (name, _, _), members in groups.items():
         for n, (i, change) in enumerate(members):
             where = f", in the {_ordinal(n + 1)} {name}" if several[name] > 1 else ""
             yield made(change, (i,), where)
@@ -123,24 +159,194 @@ def _ordinal(n: int) -> str:
 
 
 def of_neighbours(trace: Trace) -> Iterator[Alternative]:
-    """A normalisation and the activation after it, exchanged."""
+    """A normalisation and its activation, a sum and what stands before or behind it, exchanged."""
     for i, ((first, _), (second, _)) in enumerate(itertools.pairwise(trace.calls)):
-        if first not in norms.NAMES or second not in ACTIVATIONS:
+        one, two = trace.recorded[i], trace.recorded[i + 1]
+        said = f"{second} before {first}"
+        if first in norms.NAMES and second in ACTIVATIONS:
+            yield Alternative("layer-order", said, functools.partial(_exchanged, i, two))
+        unary = (*norms.NAMES, *ACTIVATIONS)
+        if first == "add" and second in unary and len(one.args) == 2:
+            for place in (1, 0):
+                what = f"{second} of one summand, not of the sum"
+                yield Alternative("layer-order", what, functools.partial(_within_sum, i, place))
+        if first in unary and second == "add" and len(two.args) == 2:
+            what = f"{first} of the sum, not of one summand"
+            yield Alternative("layer-order", what, functools.partial(_around_sum, i))
+
+
+def _like(call: Call, x: Any) -> Any:
+    """A call of one tensor with another in its place."""
+    return call.func(x, *call.args[1:], **call.kwargs)
+
+
+def _exchanged(i: int, activation: Call, module: tnn.Module) -> Changed:
+    seen: list[Call] = []
+
+    def early(c: Call) -> Any:
+        seen[:] = [c]
+        return _like(activation, c.x)
+
+    return Changed({i: early, i + 1: lambda c: _like(seen[0], c.x)})
+
+
+def _within_sum(i: int, place: int, module: tnn.Module) -> Changed:
+    seen: list[Call] = []
+
+    def early(c: Call) -> Any:
+        seen[:] = [c]
+        return c.run()
+
+    def late(c: Call) -> Any:
+        summands = seen[0].args
+        return summands[1 - place] + _like(c, summands[place])
+
+    return Changed({i: early, i + 1: late})
+
+
+def _around_sum(i: int, module: tnn.Module) -> Changed:
+    seen: list[Call] = []
+
+    def early(c: Call) -> Any:
+        seen[:] = [c]
+        return c.x * 1
+
+    return Changed({i: early, i + 1: lambda c: _like(seen[0], c.run())})
+
+
+class _Rewired(TorchFunctionMode):
+    """Gives one call an earlier tensor in the place of one of its arguments."""
+
+    def __init__(self, at: int, place: int, source: tuple[int, int | None]):
+        super().__init__()
+        self.wanted, self.place, self.source = at, place, source
+        self.at = 0
+        self.kept: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = Call(func, args, kwargs or {})
+        if call.name not in TRACED:
+            return func(*args, **(kwargs or {}))
+        number, self.at = self.at, self.at + 1
+        if number == self.wanted:
+            args = (*args[: self.place], self.kept, *args[self.place + 1 :])
+        result = func(*args, **(kwargs or {}))
+        if number == self.source[0]:
+            self.kept = result if self.source[1] is None else args[self.source[1]]
+        return result
+
+
+_REWIRED = ("add", "mul", "div", "matmul", "linear", "conv1d", "conv2d", *norms.NAMES)
+_REWIRED_TOO = ("scaled_dot_product_attention", "multi_head_attention_forward")
+_REACH = 40
+"""How many calls back a tensor is looked for."""
+
+
+def of_other_tensors(trace: Trace) -> Iterator[Alternative]:
+    """A call that reads another tensor of the same shape, one that was there before."""
+    for i, call in enumerate(trace.recorded):
+        if call.name not in (*_REWIRED, *_REWIRED_TOO):
             continue
+        places = 3 if call.name in _REWIRED_TOO else 2 if call.name in ("add", "mul") else 1
+        for place in range(min(places, len(call.args))):
+            wanted = call.args[place]
+            if not isinstance(wanted, T) or wanted.ndim < 2 or isinstance(wanted, tnn.Parameter):
+                continue
+            known = [wanted]
+            for j in range(i - 1, max(-1, i - _REACH), -1):
+                earlier = trace.recorded[j]
+                options: list[tuple[int | None, Any]] = [(None, trace.results[j])]
+                options += list(enumerate(earlier.args))
+                for n, a in options:
+                    if not isinstance(a, T) or a.shape != wanted.shape or a.dtype != wanted.dtype:
+                        continue
+                    if any(a is k or torch.equal(a, k) for k in known):
+                        continue
+                    known.append(a)
+                    said = "the result" if n is None else f"argument {n + 1}"
+                    yield Alternative(
+                        "another-tensor",
+                        f"{said} of the {_numbered(trace, j)} for argument {place + 1} of the "
+                        f"{_numbered(trace, i)}",
+                        functools.partial(_rewired, i, place, (j, n)),
+                    )
 
-        def within(
-            module: tnn.Module, i: int = i, activation: Call = trace.recorded[i + 1]
-        ) -> Changed:
-            seen: list[Call] = []
 
-            def early(c: Call) -> Any:
-                seen[:] = [c]
-                return activation.func(c.x, *activation.args[1:], **activation.kwargs)
+def _rewired(at: int, place: int, source: tuple[int, int | None], module: tnn.Module) -> _Rewired:
+    return _Rewired(at, place, source)
 
-            def late(c: Call) -> Any:
-                norm = seen[0]
-                return norm.func(c.x, *norm.args[1:], **norm.kwargs)
 
-            return Changed({i: early, i + 1: late})
+def _changed(changes: Mapping[int, Callable[[Call], Any]], module: tnn.Module) -> Changed:
+    return Changed(changes)
 
-        yield Alternative("layer-order", f"{second} before {first}", within)
+
+def _numbered(trace: Trace, i: int) -> str:
+    name = trace.recorded[i].name
+    nth = sum(c.name == name for c in trace.recorded[: i + 1])
+    return f"{_ordinal(nth)} {name}"
+
+
+def of_rotations(trace: Trace) -> Iterator[Alternative]:
+    """Rotary positions, by their cosines and sines: none, turned back, of neighbours."""
+    names = [name for name, _ in trace.calls]
+    turns = [
+        (i, j)
+        for i, j in itertools.pairwise(k for k, n in enumerate(names) if n in ("sin", "cos"))
+        if names[i] != names[j]
+    ]
+    turns = turns[::2] if len(turns) > 1 else turns
+
+    def unturned(c: Call) -> Any:
+        return c.run() * 0 + (c.name == "cos")
+
+    def backwards(c: Call) -> Any:
+        return -c.run() if c.name == "sin" else c.run()
+
+    for said, change in (("no rotation", unturned), ("the rotation turned back", backwards)):
+        every = {k: change for pair in turns for k in pair}
+        if turns:
+            yield Alternative("position-offset", said, functools.partial(_changed, every))
+        for n, pair in enumerate(turns if len(turns) > 1 else ()):
+            some = dict.fromkeys(pair, change)
+            yield Alternative(
+                "position-offset",
+                f"{said}, in the {_ordinal(n + 1)} place",
+                functools.partial(_changed, some),
+            )
+    paired: dict[int, Callable[[Call], Any]] = {}
+    for i, call in enumerate(trace.recorded):
+        if call.name == "chunk" and _halves_last(trace.results[i]):
+            paired[i] = lambda c: (_every_other(0, c), _every_other(1, c))
+        elif call.name in ("cat", "concat"):
+            parts = call.get("tensors", call.x)
+            if _halves_last(parts) and call.get("dim", 0) in (-1, parts[0].ndim - 1):
+                paired[i] = _interleaved
+        elif call.name == "__getitem__" and (half := _half(call)) is not None:
+            paired[i] = functools.partial(_every_other, half)
+    if any(names[i] in ("cat", "concat") for i in paired):
+        yield Alternative(
+            "rotary-layout", "pairs of neighbours for halves", functools.partial(_changed, paired)
+        )
+
+
+def _halves_last(parts: Any) -> bool:
+    return isinstance(parts, tuple | list) and len(parts) == 2 and parts[0].shape == parts[1].shape
+
+
+def _half(call: Call) -> int | None:
+    """Which half of the last axis an index takes."""
+    index, size = call.args[1], call.x.shape[-1]
+    if not (isinstance(index, tuple) and index and isinstance(index[-1], slice)) or size % 2:
+        return None
+    if any(k is not Ellipsis and k != slice(None) for k in index[:-1]):
+        return None
+    ends = index[-1].indices(size)
+    return {(0, size // 2, 1): 0, (size // 2, size, 1): 1}.get(ends)
+
+
+def _every_other(first: int, call: Call) -> Any:
+    return call.x[..., first::2]
+
+
+def _interleaved(call: Call) -> Any:
+    return torch.stack(tuple(call.get("tensors", call.x)), -1).flatten(-2)

@@ -69,6 +69,14 @@ def _conv(call: Call) -> Proposals:
                 f"stride {s}, padding {p}, dilation {d}",
                 lambda c, n=new: c.run(stride=n[0], padding=n[1], dilation=n[2]),
             )
+    if not transposed and axes == 3 and not any(padding):  # padded before, on one side
+        for other in (1, 2, 4, 8):
+            if other < dilation[0]:
+                yield Change(
+                    "conv-geometry",
+                    f"dilation {other} for {dilation[0]}, padded to match",
+                    lambda c, n=other: c.run(dilation=n)[..., -c.run().shape[-1] :],
+                )
     if not transposed and any(padding):
         widths = [p for q in reversed(padding) for p in (q, q)]
         for mode in ("reflect", "replicate", "circular"):
@@ -106,6 +114,23 @@ def _recurrent(call: Call) -> Proposals:
                 f"the gates in the order {list(order)}",
                 lambda c, o=order: permuted(c, o),
             )
+    if any(a is True for a in call.args[-3:]):  # bidirectional, and perhaps batch first
+        time = 1 if call.args[-1] is True else 0
+
+        def back(c: Call, change: Callable[[T, T], T]) -> Any:
+            states, *rest = c.run()
+            return (change(*states.chunk(2, -1)), *rest)
+
+        yield Change(
+            "sequence-reversed",
+            "the backward direction's states left in its own order",
+            lambda c: back(c, lambda a, b: torch.cat([a, b.flip(time)], -1)),
+        )
+        yield Change(
+            "concatenation-order",
+            "the two directions exchanged",
+            lambda c: back(c, lambda a, b: torch.cat([b, a], -1)),
+        )
     if len(call.args[2]) % 4:
         return
 

@@ -103,6 +103,46 @@ class AdamCorrectionPrecision(Trap):
         return _in_mlx(PreciseAdam(0.01, bias_correction=True), w, grads)
 
 
+class AdamEpsPlacement(Trap):
+    """Where Adam's eps stands: behind the correction of the second moment, or before it.
+
+    PyTorch and MLX add it to the corrected root, `sqrt(v) / sqrt(1 - b2^t) + eps`. The paper's
+    other form (section 2) adds it to `sqrt(v)`, which makes it 1 / sqrt(1 - b2^t) = 32 times as
+    large in the first step; TensorFlow's does so. Some put it under the root. Gradients near eps
+    show it, those of a normal layer do not: optimizers are compared by themselves for that.
+    """
+
+    id = "adam-eps-placement"
+    title = "Adam's eps in another place"
+    fix = "mx.sqrt(v) * mx.rsqrt(1 - b2**t) + eps, in a subclass of optim.Adam"
+    error = 0.90
+
+    @staticmethod
+    def draw(rng: Rng) -> dict[str, np.ndarray]:
+        return {"w": np.zeros((3, 4)), "grads": 1e-8 * rng.uniform(0.5, 1, (6, 3, 4))}
+
+    @staticmethod
+    def reference(w: T, grads: T) -> T:
+        return _in_torch(torch.optim.Adam, w, grads, lr=0.01)
+
+    @staticmethod
+    def naive(w: A, grads: A) -> A:
+        class Adam(optim.Adam):
+            def apply_single(self, gradient: A, parameter: A, state: dict) -> A:
+                b1, b2 = self.betas
+                m = state["m"] = b1 * state["m"] + (1 - b1) * gradient
+                v = state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
+                c1, c2 = 1 - b1**self.step, 1 - b2**self.step
+                root = mx.sqrt(v) + self.eps
+                return parameter - self.learning_rate * mx.sqrt(c2) / c1 * m / root
+
+        return _in_mlx(Adam(0.01), w, grads)
+
+    @staticmethod
+    def fixed(w: A, grads: A) -> A:
+        return _in_mlx(PreciseAdam(0.01, bias_correction=True), w, grads)
+
+
 class AdamaxBiasCorrection(Trap):
     """MLX's Adamax has no bias correction, and no option for one.
 

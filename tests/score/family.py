@@ -41,6 +41,9 @@ class Fault:
     why: tuple[str, ...]
     change: Callable[[Example], Example]
     subtle: bool = False
+    noted: bool = False
+    """No wrong formula but something to be known: detected where the report names it, though the
+    verdict is equal."""
 
     @property
     def places(self) -> tuple[str, ...]:

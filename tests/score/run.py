@@ -93,13 +93,15 @@ def _judged(members: Family, fault: Fault, example: Example, seed: int) -> Row:
     located = bool(guilty) and guilty[0] in fault.places
     if fault.where in (*mlx_parity.RUNGS, "weights"):
         located = rung == fault.where
+    explained = bool(ids) and ids[0] in fault.why
+    detected = not report.ok or (fault.noted and explained)
     return Row(
         family=members.name,
         fault=fault.name,
         subtle=fault.subtle,
-        detected=not report.ok,
-        located=not report.ok and located,
-        explained=not report.ok and bool(ids) and ids[0] in fault.why,
+        detected=detected,
+        located=detected and (located or (fault.noted and report.ok)),
+        explained=detected and explained,
         rung=rung,
         guilty=", ".join(guilty),
         where=fault.where,

@@ -285,13 +285,13 @@ RECURRENT_FAMILY = Family(
         called(
             "the last step but one",
             "",
-            "index-out-of-bounds module-setting",
+            "index-out-of-bounds module-setting pooling-kind",
             lambda self, x: self.out(self.gru(self.lstm(x)[0])[:, -2]),
         ),
         called(
             "the mean over time",
             "",
-            "index-out-of-bounds module-setting",
+            "index-out-of-bounds module-setting pooling-kind",
             lambda self, x: self.out(self.gru(self.lstm(x)[0]).mean(1)),
         ),
     ),

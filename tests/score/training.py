@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -90,19 +91,47 @@ class Growing(Adam):
         return found
 
 
+class Placed(Adam):
+    """Adam as written by hand: eps added before the second moment is corrected, if it is."""
+
+    def __init__(self, rate: float, betas: tuple[float, float], second: bool = True):
+        super().__init__(rate, betas)
+        self.second = second
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        b1, b2 = self.betas
+        state["m"] = b1 * state["m"] + (1 - b1) * gradient
+        state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
+        c1, c2 = (-mx.expm1(self.step * math.log(b)) for b in (b1, b2))
+        root = mx.sqrt(state["v"]) + self.eps
+        root = root * mx.rsqrt(c2) if self.second else root
+        return parameter - self.learning_rate / c1 * state["m"] / root
+
+
 ADAM_FAMILY = Family(
     "optimizers: Adam",
     _adam,
     (
         _ours("no bias correction", "adam-bias-correction", lambda: optim.Adam(1e-3, [0.5, 0.999])),
         replace(
-            _both(  # at a learning rate at which a weight's own rounding does not hide it
+            _ours(
                 "the correction in float32",
                 "adam-correction-precision",
-                lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.999)),
-                lambda: optim.Adam(0.1, [0.5, 0.999], bias_correction=True),
+                lambda: optim.Adam(1e-3, [0.5, 0.999], bias_correction=True),
             ),
             subtle=True,
+            noted=True,
+        ),
+        _ours(
+            "eps before the correction",
+            "adam-eps-placement",
+            lambda: Placed(1e-3, (0.5, 0.999)),
+            True,
+        ),
+        _ours(
+            "the second moment not corrected",
+            "adam-bias-correction",
+            lambda: Placed(1e-3, (0.5, 0.999), second=False),
         ),
         _ours("beta1 0.9", "optimizer-settings", lambda: Adam(1e-3, (0.9, 0.999))),
         _ours("beta1 0.501", "optimizer-settings", lambda: Adam(1e-3, (0.501, 0.999)), True),

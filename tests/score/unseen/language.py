@@ -155,7 +155,7 @@ T5_FAMILY = Family(
     "T5 block",
     t5,
     (
-        mistake("the distance's sign turned", "SelfAttention", ""),
+        mistake("the distance's sign turned", "SelfAttention", "position-offset"),
         mistake("one direction's buckets", "SelfAttention", ""),
         mistake("scores scaled, which T5's are not", "SelfAttention", "attention-scale"),
         mistake("no relative bias", "SelfAttention", "residual-dropped"),
@@ -315,12 +315,12 @@ LLAMA_FAMILY = Family(
     (
         mistake("the usual base", "self_attn", "module-setting"),
         mistake("pairs of neighbours", "self_attn", "rotary-layout"),
-        mistake("positions from 0 behind a cache", "self_attn", ""),
-        mistake("keys not rotated", "self_attn", ""),
+        mistake("positions from 0 behind a cache", "self_attn", "position-offset"),
+        mistake("keys not rotated", "self_attn", "position-offset"),
         mistake("the cache behind", "self_attn", "concatenation-order"),
         mistake("key heads tiled", "self_attn", "repeat-interleaves"),
         mistake("gate and up exchanged", "mlp", "layer-order gate-order"),
-        mistake("the residual from before attention", "", ""),
+        mistake("the residual from before attention", "", "another-tensor"),
     ),
 )
 
@@ -490,8 +490,8 @@ CLIP_FAMILY = Family(
     (
         mistake("the exact GELU", "resblocks.1", "gelu-approximation activation-kind"),
         mistake("no causal mask", "resblocks.0.attn", "attention-mask"),
-        mistake("the last token pooled", "", "index-out-of-bounds"),
-        mistake("not normalised", "", ""),
+        mistake("the last token pooled", "", "index-out-of-bounds pooling-kind"),
+        mistake("not normalised", "", "scale-factor"),
         mistake("normalised by the sum of squares", "", "root-missing"),
     ),
 )
@@ -618,7 +618,7 @@ BERT_FAMILY = Family(
         mistake("no token types", "embeddings", "residual-dropped"),
         mistake("the mask as it is", "attention|", "attention-mask"),
         mistake("the queries masked, not the keys", "attention|", "attention-mask"),
-        mistake("the mean pooled", "", "index-out-of-bounds"),
+        mistake("the mean pooled", "", "index-out-of-bounds pooling-kind"),
         mistake("the pooler without its tanh", "pooler|", "activation-kind"),
     ),
 )

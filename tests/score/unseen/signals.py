@@ -151,11 +151,11 @@ WHISPER_FAMILY = Family(
     "Whisper's encoder",
     whisper,
     (
-        mistake("sines and cosines in turn", "", ""),
-        mistake("cosines before sines", "", "concatenation-order"),
-        mistake("the rates of another formula", "", ""),
+        mistake("sines and cosines in turn", "", "constant-differs"),
+        mistake("cosines before sines", "", "concatenation-order constant-differs"),
+        mistake("the rates of another formula", "", "constant-differs"),
         mistake("half of the scale", "blocks.0.attn", "attention-scale scale-factor"),
-        mistake("heads not brought back", "blocks.0.attn", "head-count flatten-order"),
+        mistake("heads not brought back", "blocks.0.attn", "head-count flatten-order axes-order"),
         mistake("no second activation", "", "activation-kind"),
     ),
 )
@@ -245,12 +245,12 @@ WAVENET_FAMILY = Family(
     "WaveNet",
     wavenet,
     (
-        mistake("not dilated", "layers.1", "conv-geometry"),
+        mistake("not dilated", "layers.1|layers.1.dilated", "conv-geometry"),
         mistake("it looks ahead", "layers.1", "conv-geometry"),
         mistake("padded on both sides", "layers.1", "conv-geometry"),
         mistake("gate and filter exchanged", "layers.1", "gate-order"),
         mistake("the sum not scaled", "layers.1", "scale-factor"),
-        mistake("the skip from the sum", "layers.1", ""),
+        mistake("the skip from the sum", "layers.1", "another-tensor"),
         mistake("the last skip alone", "", "residual-dropped"),
     ),
 )
@@ -396,7 +396,7 @@ GRU_FAMILY = Family(
     "GRU with attention",
     gru,
     (
-        mistake("the backward states left reversed", "gru|", ""),
+        mistake("the backward states left reversed", "gru|", "sequence-reversed"),
         mistake("the directions exchanged", "gru|", "concatenation-order"),
         mistake("no tanh before the scores", "", "activation-kind"),
         mistake("softmax over one score", "", "softmax-axis"),

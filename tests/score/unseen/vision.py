@@ -143,7 +143,7 @@ VIT_FAMILY = Family(
     "ViT",
     vit,
     (
-        mistake("heads not brought to the front", "blocks.1.attn", "head-count"),
+        mistake("heads not brought to the front", "blocks.1.attn", "head-count axes-order"),
         mistake("scaled by the whole width", "blocks.1.attn", "attention-scale"),
         mistake("the fast GELU", "blocks.1.mlp", "gelu-approximation"),
         mistake("the last norm's eps", "norm", "norm-eps"),
@@ -235,7 +235,7 @@ CONVNEXT_FAMILY = Family(
         mistake("no norm in a block", "stage.0", "layer-order"),
         mistake("the layer's scale on the sum", "stage.0", "layer-order"),
         mistake("no layer scale", "stage.0", "scale-factor"),
-        mistake("the maximum over the image", "", ""),
+        mistake("the maximum over the image", "", "pooling-kind"),
     ),
 )
 
@@ -386,8 +386,8 @@ SUPER_RESOLUTION_FAMILY = Family(
     (
         mistake("corners aligned", "", "upsample-corners"),
         mistake("the residual not scaled", "", "scale-factor module-setting"),
-        mistake("the block's axes before the channels", "", ""),
-        mistake("rows and columns of a block exchanged", "", ""),
+        mistake("the block's axes before the channels", "", "pixel-shuffle-order"),
+        mistake("rows and columns of a block exchanged", "", "pixel-shuffle-order"),
     ),
 )
 
@@ -533,7 +533,7 @@ VAE_FAMILY = Family(
         mistake("MLX's eps in a resnet", "mid_block.0.norm1", "norm-eps"),
         mistake("MLX's groups in a resnet", "up_block.norm2", "norm-groups"),
         mistake("the latents scaled the other way", "", "scale-factor module-setting"),
-        mistake("smooth upsampling", "upsampler", "upsample-corners"),
+        mistake("smooth upsampling", "upsampler|", "upsample-corners"),
     ),
 )
 
@@ -613,7 +613,7 @@ DETR_FAMILY = Family(
     detr,
     (
         mistake("the mask inverted", "multihead_attn|", "attention-mask"),
-        mistake("positions in the values", "", ""),
+        mistake("positions in the values", "", "another-tensor"),
         mistake("no positions of the queries in cross attention", "", "residual-dropped"),
         mistake("normalised before the sum", "", "layer-order norm-first"),
         mistake("boxes without a sigmoid", "", "activation-kind"),
