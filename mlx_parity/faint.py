@@ -19,6 +19,7 @@ import torch
 from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
+from mlx_parity.carry import flat
 from mlx_parity.diagnose import Bench
 from mlx_parity.equality import Finding, Tensors, compare, jitter
 from mlx_parity.localise import Capture, Guilty, ModulePair
@@ -26,6 +27,7 @@ from mlx_parity.structure import copy_port
 
 require_mlx()
 
+import mlx.core as mx  # noqa: E402
 import mlx.nn as mnn  # noqa: E402
 
 RUNG = "norms of faint inputs"
@@ -40,7 +42,7 @@ def guilty_norms(pairs: Iterable[ModulePair], seed: int = 0) -> list[Guilty]:
     found = []
     for pair in pairs:
         shape = _shape(pair.reference) if pair.part is None else None
-        if shape is None or not _may_train(pair):
+        if shape is None or not _may_train(pair) or _half(pair.port):
             continue
         eps: Any = pair.reference.eps
         size = math.sqrt(torch.finfo(torch.float32).eps if eps is None else eps)
@@ -60,6 +62,11 @@ def _may_train(pair: ModulePair) -> bool:
     in evaluation mode, may know no other."""
     kept = isinstance(pair.reference, _BATCH) and not pair.reference.training
     return not kept or type(pair.port) is mnn.BatchNorm
+
+
+def _half(port: mnn.Module) -> bool:
+    """Whether it computes in 16 bits, whose rounding nearby points share."""
+    return any(a.dtype != mx.float32 for a in flat(port.parameters()).values())
 
 
 def _normalising(pair: ModulePair) -> ModulePair:

@@ -71,6 +71,14 @@ def test_an_eps_five_percent_off_is_seen_and_the_right_one_is_equal(name: str):
     assert found(name, 1.0) == []
 
 
+def test_a_port_in_sixteen_bits_is_left_alone():
+    reference, make, eps = CASES["layer, by hand"]
+    port = make(eps)
+    find_plan(reference, port).carry()
+    port.set_dtype(mx.bfloat16)
+    assert guilty_norms(pairs(reference, port)) == []
+
+
 class Net(tnn.Module):
     def __init__(self):
         super().__init__()
