@@ -20,6 +20,7 @@ from mlx_parity.structure import is_array, is_floating, leaves, replace
 require_mlx()
 
 import mlx.core as mx  # noqa: E402
+import mlx.nn as mnn  # noqa: E402
 
 
 @dataclass
@@ -79,6 +80,11 @@ def read(
         f"target{i}" if len(several) > 1 else "target" for i in range(len(several))
     )
     arrays |= {n: plain(a) for n, a in zip(target_names, several, strict=True)}
+    if not arrays:
+        raise ParityError(
+            "inputs holds no array: give what both models are called with, as arrays of NumPy, "
+            "PyTorch or MLX, alone, in a tuple of arguments or in a dict by name"
+        )
     constants = {n: a for n, a in arrays.items() if _is_constant(n, a)}
     varied = {n: a for n, a in arrays.items() if n not in constants}
     return Arguments(args, kwargs, places, varied, constants, target_names)
@@ -105,11 +111,51 @@ def _is_constant(name: str, array: np.ndarray) -> bool:
             f"input {name!r} has shape {list(array.shape)}, which holds nothing: give a "
             "batch of at least 1"
         )
+    if np.iscomplexobj(array):
+        raise ParityError(
+            f"input {name!r} is complex: pass its real and imaginary part, and join them in "
+            "call_reference= and call_port="
+        )
     if not is_floating(array):
         return False
     if np.isnan(array).any():
         raise ParityError(f"input {name!r} holds NaN: clean the data before comparing")
     return bool(np.isinf(array).any())
+
+
+def suited(
+    model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as ``model`` takes them, where it takes them otherwise than the reference:
+    by ``names`` what that takes by position, or by position what it takes by name."""
+    kwargs = dict(kwargs)
+    function = type(model).__call__ if isinstance(model, mnn.Module) else model
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return args, kwargs
+    own = (model,) if function is not model else ()
+    by_name = dict(zip(names, args, strict=False))
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [(args, kwargs)]
+    ways += [
+        (args[:n], {**dict(list(by_name.items())[n:]), **kwargs})
+        for n in range(len(args) - 1, -1, -1)
+    ]
+    in_order = [n for n in names if n in kwargs]
+    for k in range(1, len(in_order) + 1):
+        first = in_order[:k]
+        ways.append((args + tuple(kwargs[n] for n in first), _less(kwargs, first)))
+    for some, named in ways:
+        try:
+            signature.bind(*own, *some, **named)
+        except TypeError:
+            continue
+        return some, named
+    return args, kwargs
+
+
+def _less(kwargs: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {n: a for n, a in kwargs.items() if n not in names}
 
 
 def positional(model: Any) -> list[str]:

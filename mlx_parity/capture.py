@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Ite
     classes: dict[type, type] = {}
 
     def recording(cls: type) -> type:
+        @wraps(cls.__call__)  # so that its signature can still be read
         def call(self: mnn.Module, *args: Any, **kwargs: Any) -> Any:
             path = paths.get(id(self))
             if path is None:  # a copy that was made meanwhile

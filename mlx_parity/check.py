@@ -53,7 +53,7 @@ import mlx.nn as mnn  # noqa: E402
 PATIENCE = 10.0
 """Seconds after which it is worth saying why a check takes so long."""
 
-LOCALISE_SECONDS = 8.0
+LOCALISE_SECONDS = 2.0
 """A port that is equal is read module by module, for the picture, where that is quick enough."""
 
 

@@ -1,5 +1,7 @@
 """What the kit raises. Every message names what was wrong and what to do about it."""
 
+from __future__ import annotations
+
 
 class ParityError(Exception):
     """Base of all the kit's own errors."""
@@ -37,6 +39,13 @@ class SideError(ParityError):
         said = next((line for line in str(error).splitlines() if line.strip()), "")
         what = f"{type(error).__name__}: {said}" if said else type(error).__name__
         super().__init__(f"the {side} raises {what} {doing}")
+
+    @classmethod
+    def about(cls, side: str, said: str) -> SideError:
+        """What a side does without raising it."""
+        made = cls(side, "", ValueError(said))
+        made.args = (said,)
+        return made
 
 
 class NoGradient(SideError):

@@ -29,7 +29,7 @@ Verdict = Literal["equal", "different", "undecided"]
 EXIT_CODES: dict[Verdict, int] = {"equal": 0, "different": 1, "undecided": 2}
 
 FAULTS = {
-    "reference": "The reference is at fault, not the port.",
+    "reference": "The reference is at fault, or what it was called with, and not the port.",
     "port": "The port is at fault.",
     "weights": "Nothing was compared, because the weights could not be carried.",
     "inputs": "The inputs, or how the check was asked for, are at fault, not the port.",

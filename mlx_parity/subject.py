@@ -7,19 +7,20 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn as tnn
 
-from mlx_parity import arguments
+from mlx_parity import arguments, structure
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import flat, reference_tensors
 from mlx_parity.case import Precision
 from mlx_parity.errors import CarryError, ParityError, SideError
 from mlx_parity.localise import pairs
-from mlx_parity.pairing import Map, Pairs, port_modules
+from mlx_parity.pairing import Map, Pairs, _plain, port_modules
 from mlx_parity.report import Report
 from mlx_parity.sides import MLX_DTYPES
 from mlx_parity.structure import copy_port
@@ -63,11 +64,13 @@ class Subject:
     def __init__(self, asked: Asked, report: Report):
         _refuse_what_is_no_pair(asked.reference, asked.port)
         self.asked, self.report = asked, report
-        names = arguments.positional(asked.reference)
+        self.names = arguments.positional(asked.reference)
+        """Of what the reference takes by position."""
         if asked.call_reference is not None:
-            names = arguments.positional(asked.call_reference)[1:]
+            self.names = arguments.positional(asked.call_reference)[1:]
         rng = np.random.default_rng(asked.seed)
-        self.arguments = arguments.read(asked.inputs, asked.kwargs, asked.targets, names, rng)
+        given = asked.inputs, asked.kwargs, asked.targets
+        self.arguments = arguments.read(*given, self.names, rng)
         self.modular = isinstance(asked.reference, tnn.Module) and isinstance(
             asked.port, mnn.Module
         )
@@ -193,9 +196,20 @@ class Subject:
             plan = FoundPlan(self.prototype, self.port, (), how, pairs=paired, ignored=every)
         else:
             options = dict(asked.carry) if isinstance(asked.carry, Mapping) else {}
-            plan = find_plan(
-                self.prototype, self.port, map=asked.map, sanitize=asked.sanitize, **options
-            )
+            _check_map(asked.map or {}, self.prototype, self.port)
+            try:
+                plan = find_plan(
+                    self.prototype, self.port, map=asked.map, sanitize=asked.sanitize, **options
+                )
+            except CarryError as error:
+                modules = port_modules(self.port).items()
+                quantized = [p for p, m in modules if type(m).__name__.startswith("Quantized")]
+                if not quantized:
+                    raise
+                raise CarryError(
+                    f"{', '.join(quantized[:3])} of the port is quantized, which rounds weights to "
+                    "a few bits and is equal to nothing: check the port before nn.quantize"
+                ) from error
         found = {a.dtype for a in flat(self.port.parameters()).values()}
         names = {n: t for n, t in MLX_DTYPES.items() if t in found}
         halves = sorted(names.keys() - {"float32"})
@@ -241,8 +255,20 @@ class Subject:
         arrays |= {n: mx.array(a) for n, a in self.arguments.constants.items()}
         args, kwargs = self.arguments.filled(arrays)
         if self.asked.call_port is not None:
-            return self.asked.call_port(module, *args, **kwargs)
-        return module(*args, **kwargs)
+            output = self.asked.call_port(module, *args, **kwargs)
+        else:
+            some, named = arguments.suited(module, args, kwargs, self.names)
+            if len(some) != len(args):
+                self._note(
+                    f"the port takes {len(some)} of its arguments by position and "
+                    f"{', '.join(named) or 'none'} by name, otherwise than the reference"
+                )
+            output = module(*some, **named)
+        return structure.replace(output, lambda place, a: _in_mlx(a))
+
+    def _note(self, line: str) -> None:
+        if line not in self.report.notes:
+            self.report.notes.append(line)
 
     def check_original(self) -> None:
         """From now on the user's own port instead of a copy: ``call_port`` calls it by a name of
@@ -258,8 +284,46 @@ def _refuse_what_is_no_pair(reference: Any, port: Any) -> None:
     for side, model in (("reference", reference), ("port", port)):
         if not callable(model):
             raise ParityError(f"{side} is no model: it cannot be called")
+        if isinstance(model, type):
+            raise ParityError(f"{side} is the class {model.__name__}: give an instance of it")
     if isinstance(reference, mnn.Module) or isinstance(port, tnn.Module):
         raise ParityError("check(reference, port): PyTorch's model comes first, MLX's second")
+    if isinstance(reference, tnn.Module) and not isinstance(port, mnn.Module):
+        raise ParityError(
+            "reference is a module and port a function, which holds no weights that could be "
+            "carried: give both as modules, or both as functions that take the weights too"
+        )
+    if isinstance(port, mnn.Module) and not isinstance(reference, tnn.Module):
+        raise ParityError(
+            "port is a module and reference a function, which holds no weights to carry: give both "
+            "as modules, or both as functions that take the weights too"
+        )
+
+
+def _check_map(map: Map, reference: tnn.Module, port: mnn.Module) -> None:
+    """Names that nothing has are mistyped."""
+    theirs = {*dict(reference.named_modules()), *reference.state_dict()}
+    ours = {*port_modules(port)}
+    for name in flat(port.parameters()):
+        parts = name.split(".")
+        ours |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    ours |= {_plain(path, port, port_modules(port)) for path in ours}
+    for name, target in map.items():
+        if name not in theirs:
+            raise CarryError(f"map: the reference has nothing called {name!r}{_near(name, theirs)}")
+        for there in [target] if isinstance(target, str) else target or ():
+            if there not in ours:
+                raise CarryError(f"map: the port has nothing called {there!r}{_near(there, ours)}")
+
+
+def _near(name: str, known: set[str]) -> str:
+    close = get_close_matches(name, sorted(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _in_mlx(array: Any) -> mx.array:
+    """What a port gives of other libraries' arrays can be read, and has no gradient."""
+    return array if isinstance(array, mx.array) else mx.array(arguments.plain(array))
 
 
 def _sharing(module: tnn.Module) -> tnn.Module:

@@ -17,6 +17,7 @@ from mlx_parity._backend import require_mlx
 from mlx_parity.carry import reference_tensors
 from mlx_parity.case import Case, Loss, System
 from mlx_parity.errors import ParityError
+from mlx_parity.sides import blame
 from mlx_parity.structure import copy_port, leaves
 from mlx_parity.subject import MODEL, Subject
 from mlx_parity.trial import Agreement, say
@@ -26,6 +27,7 @@ require_mlx()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as mnn  # noqa: E402
+from mlx.optimizers import Optimizer  # noqa: E402
 
 
 def case_of(subject: Subject, agreed: Agreement) -> Case:
@@ -84,6 +86,7 @@ class _Builders:
     def __init__(self, subject: Subject, agreed: Agreement):
         self.subject, self.agreed = subject, agreed
         self.losses = _two(subject.asked.loss)
+        _refuse_what_is_no_optimizer(subject.asked.optimizer)
         self.of = (MODEL,) if subject.modular else ()
         self.port_in_use = False
         # What the outputs are projected on varies with the inputs: a last bias's gradient is a sum
@@ -128,7 +131,7 @@ class _Builders:
         def loss(**inputs: Any) -> Any:
             output = run(self._own(inputs))
             if compute is not None:
-                return compute(output, *subject.arguments.loss(inputs))
+                return _scalar(compute(output, *subject.arguments.loss(inputs)))
             found = leaves(output)
             return sum((found[a] * inputs[n]).sum() for a, n in self.directions.items())
 
@@ -143,7 +146,8 @@ class _Builders:
             optimizer.step()
             return [value.detach()]
 
-        made = _torch_optimizer(subject.asked.optimizer[0], module)
+        with blame("reference", "in making its optimizer"):
+            made = _torch_optimizer(subject.asked.optimizer[0], module)
         return replace(system, optimizers={MODEL: made}, step=step)
 
     def port(self) -> System:
@@ -164,7 +168,7 @@ class _Builders:
         def loss(**inputs: Any) -> Any:
             output = subject.run_port(module, self._own(inputs))
             if compute is not None:
-                return compute(output, *subject.arguments.loss(inputs))
+                return _scalar(compute(output, *subject.arguments.loss(inputs)))
             found = leaves(output)
             total = mx.array(0.0)
             for b, a in agreed.outputs.items():
@@ -183,7 +187,8 @@ class _Builders:
             return [value]
 
         given = subject.asked.optimizer[1]
-        made = copy.deepcopy(given) if hasattr(given, "apply_single") else given()
+        with blame("port", "in making its optimizer"):
+            made = copy.deepcopy(given) if isinstance(given, Optimizer) else given()
         return replace(system, optimizers={MODEL: made}, step=step)
 
 
@@ -193,6 +198,30 @@ def _two(loss: Any) -> tuple[Any, Any]:
             raise ParityError("loss is one function for both sides, or a pair of them")
         return loss[0], loss[1]
     return loss, loss
+
+
+def _scalar(value: Any) -> Any:
+    if getattr(value, "shape", ()) not in ((), (1,)):
+        raise ParityError(
+            f"loss gives an array of shape {list(value.shape)}: it has to give a scalar, by a mean "
+            "or a sum"
+        )
+    return value
+
+
+def _refuse_what_is_no_optimizer(given: Any) -> None:
+    if given is None:
+        return
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise ParityError(
+            "optimizer is a pair, PyTorch's and MLX's: (lambda p: torch.optim.SGD(p, 0.1), "
+            "mlx.optimizers.SGD(0.1))"
+        )
+    if isinstance(given[1], type) or not (isinstance(given[1], Optimizer) or callable(given[1])):
+        name = getattr(given[1], "__name__", repr(given[1]))
+        raise ParityError(
+            f"optimizer: MLX's is {name}, which is no instance: give {name}(learning_rate)"
+        )
 
 
 def _torch_optimizer(given: Any, module: tnn.Module) -> torch.optim.Optimizer:

@@ -216,11 +216,10 @@ def _port_call(subject: Subject, images: frozenset[str]) -> dict[str, np.ndarray
         return _port_call(subject, images)
     found = {n: plain(a) for n, a in leaves(output).items()}
     if not found:
-        raise SideError(
-            "port",
-            "in its forward pass",
-            TypeError(f"it gives {type(output).__name__}, in which there is no array"),
+        said = (
+            f"the port gives {type(output).__name__}, in which there is no array: return its arrays"
         )
+        raise SideError.about("port", said)
     return found
 
 

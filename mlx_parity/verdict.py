@@ -124,7 +124,7 @@ def judge(
             if course.variants and subject.modular:
                 progress("compiled in other ways")
                 report.variants = _variants(subject, agreed, climb)
-        else:
+        elif course.compiled is None:
             report.notes.append("not compiled: mx.compile needs g++ at run time on Linux")
     if ok() and course.reaches("reloaded") and subject.modular:
         progress("reloaded")

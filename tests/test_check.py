@@ -300,6 +300,109 @@ def test_assert_ok_raises_with_the_whole_report():
         check(Net(), broken(lambda y: y.reshape(99)), X).assert_ok()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"inputs": [[0.0, 1.0]]}, "inputs holds no array"),
+        ({"inputs": X.astype(np.complex64)}, "input 'x' is complex"),
+        ({"reference": Net}, "reference is the class Net: give an instance"),
+        ({"port": lambda x: x}, "reference is a module and port a function"),
+        ({"reference": lambda x: x}, "port is a module and reference a function"),
+        ({"loss": lambda y: y * y}, "loss gives an array of shape [3, 2]: it has to give a scalar"),
+        ({"optimizer": torch.optim.Adam}, "optimizer is a pair"),
+        ({"optimizer": (torch.optim.Adam, optim.Adam)}, "Adam, which is no instance"),
+        ({"map": {"fc": "fc1"}}, "has nothing called 'fc'; did you mean 'fc"),
+        ({"map": {"fc1": "fx1"}}, "the port has nothing called 'fx1'; did you mean 'fc1'?"),
+        ({"until": "backward"}, "the rungs are structure, forward"),
+        ({"steps": 99}, "a trajectory has 1 to 20"),
+    ],
+)
+def test_what_was_asked_wrongly_is_said(options: dict[str, Any], said: str):
+    given = {"reference": Net(), "port": Port(), "inputs": X, **options}
+    report = check(**given)
+    assert report.fault in ("inputs", "weights")
+    assert said in report.problem
+
+
+def test_a_quantized_port_is_told_from_a_wrong_one():
+    class Wide(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = tnn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+    class WidePort(mnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = mnn.Linear(64, 64)
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.fc(x)
+
+    port = WidePort()
+    mnn.quantize(port)
+    problem = check(Wide(), port, np.ones((2, 64))).problem
+    assert "fc of the port is quantized" in problem
+
+
+class Tokens(tnn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = tnn.Embedding(7, 4), tnn.Linear(4, 3)
+
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, scale: float = 1.0
+    ) -> torch.Tensor:
+        h = self.table(ids)
+        return scale * self.out(h if mask is None else h * mask[..., None])
+
+
+class TokensPort(mnn.Module):
+    """Other names, and the mask by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = mnn.Embedding(7, 4), mnn.Linear(4, 3)
+
+    def __call__(
+        self, tokens: mx.array, *, mask: mx.array | None = None, scale: float = 1.0
+    ) -> mx.array:
+        h = self.wte(tokens)
+        return scale * self.head(h if mask is None else h * mask[..., None])
+
+
+IDS, MASK = np.array([[0, 6, 2], [5, 1, 1]]), np.array([[True, True, False], [True] * 3])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kwargs"),
+    [
+        ((IDS, MASK), {"scale": 2.0}),
+        (IDS, {"mask": MASK, "scale": 2.0}),
+        ({"ids": IDS, "mask": MASK}, {}),
+        ({"ids": IDS, "mask": MASK, "scale": 0.5}, None),
+    ],
+)
+def test_arguments_go_by_name_or_position_as_each_side_takes_them(inputs: Any, kwargs: Any):
+    report = check(Tokens(), TokensPort(), inputs, kwargs=kwargs, compiled=False)
+    report.assert_ok()
+    otherwise = any("otherwise than the reference" in note for note in report.notes)
+    assert otherwise == isinstance(inputs, tuple | dict)
+
+
+def test_a_port_that_gives_numpy_is_right_forward_and_has_no_gradient():
+    class Given(Port):
+        def __call__(self, x: mx.array) -> Any:
+            return np.array(super().__call__(x))
+
+    report = check(Net(), Given(), X, explain=False)
+    assert report.failed is not None
+    assert report.failed.name == "gradients"
+    assert check(Net(), Given(), X, until="forward", compiled=False).ok
+
+
 # ------------------------------------------------------------------------- left as it was found
 
 
