@@ -6,6 +6,8 @@ Under :func:`mlx_impl.precision.autocast` they are what PyTorch's are under ``to
 import math
 import platform
 import sys
+from collections.abc import Callable
+from functools import lru_cache
 from typing import cast
 
 import mlx.core as mx
@@ -53,8 +55,25 @@ def leaky_relu(x: mx.array, negative_slope: float = 0.01) -> mx.array:
     ``nn.leaky_relu`` is a maximum of the two, whose derivative at 0 is 1, and which is another
     function altogether for slopes above 1. Zero biases and a blank image sit on the kink.
     """
+    if x.dtype == mx.float32 and 0 < negative_slope <= 1:
+        return cast(mx.array, _leaky_relu(negative_slope)(x))
     # A Python number takes the array's type, and 0.2 in bfloat16 is 0.2002.
     return mx.where(x > 0, x, (negative_slope * raised(x)).astype(x.dtype))
+
+
+@lru_cache
+def _leaky_relu(slope: float) -> Callable[[mx.array], object]:
+    """For slopes in (0, 1], without a choice: ``mx.where`` takes a CPU 5 ns for each element."""
+
+    @mx.custom_function
+    def function(x: mx.array) -> mx.array:
+        return mx.maximum(x, slope * x)
+
+    @function.vjp
+    def function_vjp(x: mx.array, cotangent: mx.array, _output: mx.array) -> mx.array:
+        return cotangent * mx.maximum(slope, (x > 0).astype(x.dtype))
+
+    return function
 
 
 # MLX's wheel for Linux on x86-64 is built without fused multiplication and addition, so that its

@@ -93,3 +93,27 @@ def test_silu_is_mlxs_far_out_and_in_other_types(monkeypatch):
     monkeypatch.setattr(layers, "backend", lambda: "metal")
     x = mx.array(NUMBERS)
     assert mx.array_equal(layers.silu(x), nn.silu(x))
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.2, 1.0, 0.0, 1.5, -0.3])
+def test_leaky_relu_is_a_choice_bit_for_bit(slope):
+    """So are its derivatives, of the cotangent too, as a gradient penalty takes them."""
+    kinks = [0.0, -0.0, 1e-40, -1e-40, 1e30, -1e30, float("inf"), -float("inf")]
+    x = mx.array(kinks + NUMBERS[:1000].tolist())
+    c = mx.random.normal(x.shape, key=mx.random.key(0))
+
+    def choice(x):
+        return mx.where(x > 0, x, slope * x)
+
+    def ours(x):
+        return layers.leaky_relu(x, slope)
+
+    def pulled(f):
+        return lambda c: mx.vjp(f, [x], [c])[1][0]
+
+    for take in (
+        lambda f: f(x),
+        lambda f: pulled(f)(c),
+        lambda f: mx.vjp(pulled(f), [c], [c])[1][0],
+    ):
+        assert mx.array_equal(take(ours), take(choice), equal_nan=True)
