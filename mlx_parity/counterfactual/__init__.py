@@ -45,11 +45,14 @@ def alternatives(
     found += of_whole(module)
     found += of_calls(trace.inserted, trace.shapes)
     found += of_other_tensors(trace)
-    # A number found explains the least, and one that has a name more than others.
+    # A number found explains the least, one that has a name more than others, a factor less.
     named = {id(a) for a in settings}
-    return sorted(
-        found, key=lambda a: (a.fit is not None, a.fit is not None and id(a) not in named)
-    )
+
+    def rank(a: Alternative) -> tuple[bool, bool, bool]:
+        fitted = a.fit is not None
+        return fitted, fitted and id(a) not in named, fitted and a.trap_id == "scale-factor"
+
+    return sorted(found, key=rank)
 
 
 __all__ = ["Alternative", "alternatives"]

@@ -85,6 +85,10 @@ def of_children(module: tnn.Module) -> Iterator[Alternative]:
 
 
 _HEADS = ("head", "group")
+_NAMED = {"scale": "attention-scale", "eps": "norm-eps", "slope": "activation-slope"}
+"""What a setting is about, by a word in its name."""
+_LARGE = 100.0
+"""From here on a setting is looked for by its logarithm: the base of rotary positions."""
 
 
 def of_settings(module: tnn.Module) -> Iterator[Alternative]:
@@ -124,7 +128,7 @@ def of_settings(module: tnn.Module) -> Iterator[Alternative]:
                 def at(
                     number: float, path: str = path, key: str = key, value: float = value
                 ) -> Alternative:
-                    trap = "attention-scale" if "scale" in key else "module-setting"
+                    trap = next((t for word, t in _NAMED.items() if word in key), "module-setting")
                     return Alternative(
                         trap,
                         f"{'.'.join(p for p in (path, key) if p)} {number:.6g} for {value:.6g}",
@@ -132,7 +136,7 @@ def of_settings(module: tnn.Module) -> Iterator[Alternative]:
                     )
 
                 yield Alternative(
-                    "module-setting", name, set_to(path, key, value), (value, False), at
+                    "module-setting", name, set_to(path, key, value), (value, value >= _LARGE), at
                 )
 
 
