@@ -46,6 +46,11 @@ CONFIDENCE = 0.99
 THRESHOLD = 0.02
 """The smallest change worth a verdict; ``[tool.benchmarks.thresholds]`` has it for each system."""
 
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""Of the BLAS, unless the caller has set another number. Several wait for each other spinning: the
+other worker's still do when a turn begins, and one busy process elsewhere makes a step several
+times as long. What one thread does longer, several do too."""
+
 EXIT = {"no change": 0, "faster": 0, "inconclusive": 0, "slower": 1}
 
 Verdict = Literal["slower", "faster", "no change", "inconclusive"]
@@ -69,7 +74,7 @@ class Worker:
 
     def __init__(self, side: Side, system: str, batch: int):
         self.side = side
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, side.path))}
+        env = ONE_THREAD | os.environ | {"PYTHONPATH": os.pathsep.join(map(str, side.path))}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in __exit__
         self._process = subprocess.Popen(
             [side.python, str(WORKER)],

@@ -136,6 +136,21 @@ def test_a_pair_takes_turns_and_finds_the_slowdown(side):
     assert pair.head_ms[1] / pair.head_ms[0] == pytest.approx(1.5, rel=0.05)
 
 
+@pytest.mark.parametrize("asked", [None, "4"])
+def test_workers_multiply_with_one_thread_unless_told(side, asked, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", asked)
+    comparing.WORKER.write_text(
+        "import json, os, sys\n"
+        "sys.stdin.readline()\n"
+        "print(json.dumps({'threads': os.environ['OPENBLAS_NUM_THREADS']}), flush=True)\n"
+    )
+    with comparing.Worker(side, "x", 1) as worker:
+        worker.start_entering()
+        assert worker.entered() == {"threads": asked or "1"}
+
+
 def test_a_tree_without_the_case_says_so(side):
     with pytest.raises(WorkerFailed, match="fake, broken: LookupError: no such case"):
         pair_of_processes(side, side, "broken", 1)
