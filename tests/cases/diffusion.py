@@ -311,8 +311,13 @@ CASES = (
                 "cotangent": _noise(rng, shape),
             },
             cost=12,
+            samples=True,
+            full_size={**DOCUMENT, "clip_x0": True, **usual},
         )
-        for name, more in (("DDPM", {"variance": variances}), ("DDIM", {"eta": etas}))
+        for name, more, usual in (
+            ("DDPM", {"variance": variances}, {"variance": "beta_tilde"}),
+            ("DDIM", {"eta": etas}, {"eta": 0.0}),
+        )
     ),
     *(
         case(
