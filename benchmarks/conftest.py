@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("throughput")
     group.addoption("--data", default="digits", help="digits, mnist, or the path of an IDX file")
     group.addoption(
-        "--quick", action="store_true", help="in a minute: the cheaper systems, less of all"
+        "--quick", action="store_true", help="in a minute: the cheaper systems' steps, less of all"
     )
     group.addoption("--batch-size", type=_positive, help="images in a step (64, fewer on a CPU)")
     group.addoption(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.systems import CPU_FLOPS
+from benchmarks.systems import CPU_FLOPS, Subject
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Effort:
     """A CPU gets batches of no more operations than this in a step."""
     dearest: float
     """Cases of a higher :attr:`mlx_parity.Case.cost` are left out."""
+    sampling: bool
+    """Whether samplers are timed as well as training steps."""
+
+    def takes(self, subject: Subject) -> bool:
+        return subject.case.cost <= self.dearest and (self.sampling or subject.kind == "step")
 
 
-FULL = Effort(
-    pairs=12, least_pairs=8, seconds=15, examples=5, cpu_flops=CPU_FLOPS, dearest=math.inf
-)
-QUICK = Effort(6, 5, seconds=1.5, examples=1, cpu_flops=2.5e9, dearest=12)
+FULL = Effort(12, 8, seconds=15, examples=5, cpu_flops=CPU_FLOPS, dearest=math.inf, sampling=True)
+QUICK = Effort(6, 5, seconds=1, examples=1, cpu_flops=2.5e9, dearest=12, sampling=False)
 
 
 def effort(config: pytest.Config) -> Effort:

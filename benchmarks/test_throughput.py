@@ -37,7 +37,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         left_out |= {*BFLOAT16}
     arms = [arm for arm in ARMS if arm not in left_out]
     how = effort(metafunc.config)
-    subjects = [subject for subject in systems.SUBJECTS if subject.case.cost <= how.dearest]
+    subjects = [subject for subject in systems.SUBJECTS if how.takes(subject)]
     metafunc.parametrize(
         ("subject", "block", "arm"),
         [

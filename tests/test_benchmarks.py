@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import capture, contenders, machine, summary, systems
 from benchmarks.contenders import break_even
-from benchmarks.effort import Budget, Effort
+from benchmarks.effort import FULL, QUICK, Budget, Effort
 from benchmarks.statistics import CONFIDENCE, noise_floor, paired_ratio
 from benchmarks.summary import Rounds
 from mlx_parity.blas import Blas
@@ -269,8 +269,15 @@ def test_gates_leave_the_environment_as_it_was(monkeypatch):
     assert "MLX_ENABLE_TF32" not in os.environ
 
 
+def test_a_quick_run_takes_the_cheaper_systems_steps():
+    assert all(FULL.takes(subject) for subject in systems.SUBJECTS)
+    quick = {subject.name for subject in systems.SUBJECTS if QUICK.takes(subject)}
+    assert {"000 GAN", "001 GAN", "002 GAN", "003 style transfer", "004 diffusion"} <= quick
+    assert not quick & {"U-Net diffusion", "VGG style transfer", "001 generator, sampling"}
+
+
 def test_a_system_that_had_its_time_begins_no_further_block_and_ends_the_one_begun():
-    budget = Budget(Effort(4, 2, seconds=1.0, examples=1, cpu_flops=1, dearest=1))
+    budget = Budget(Effort(4, 2, seconds=1, examples=1, cpu_flops=1, dearest=1, sampling=True))
     budget.spend("a", 5.0)
     assert [budget.is_over("a", block) for block in range(4)] == [False, False, True, True]
     assert not budget.is_over("b", 2)
