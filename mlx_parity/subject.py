@@ -30,6 +30,7 @@ require_mlx()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as mnn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
 MODEL = "model"
 """The name of the checked module in its system."""
@@ -113,7 +114,7 @@ class Subject:
                     "or loaded"
                 )
         parameters = list(made.parameters())
-        if parameters and not any(p.requires_grad for p in parameters):
+        if parameters and not any(p.requires_grad for p in parameters) and self._port_trains():
             for p in parameters:
                 p.requires_grad_(p.is_floating_point())
             self.report.notes.append(
@@ -122,6 +123,11 @@ class Subject:
         for p in parameters:
             p.grad = None
         return made
+
+    def _port_trains(self) -> bool:
+        """Whether anything in the port does. Frozen on both sides, a model is compared frozen."""
+        port = self.asked.port
+        return not isinstance(port, mnn.Module) or bool(tree_flatten(port.trainable_parameters()))
 
     def instance(self) -> Any:
         """A copy of the reference in float32: a call may change what the next one gives."""

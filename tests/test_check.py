@@ -468,3 +468,24 @@ def test_every_public_name_is_said_what_for():
         value = getattr(mlx_parity, name)
         assert not callable(value) or (value.__doc__ or "").strip(), name
         assert type(value).__name__ != "module", name
+
+
+@pytest.mark.parametrize("frozen", ["both", "reference"])
+def test_a_model_that_is_frozen_on_both_sides_is_equal(frozen):
+    """A feature extractor is; what is frozen in the reference alone still has its gradients."""
+    reference = tnn.Sequential(tnn.Linear(3, 4), tnn.Tanh(), tnn.Linear(4, 2)).requires_grad_(False)
+    port = mnn.Sequential(mnn.Linear(3, 4), mnn.Tanh(), mnn.Linear(4, 2))
+    if frozen == "both":
+        port.freeze()
+    report = mlx_parity.check(reference, port, np.ones((2, 3), np.float32))
+    assert report.ok, str(report)
+    assert bool(tree_flatten(port.trainable_parameters())) == (frozen == "reference")
+    assert ("all the same" in str(report)) == (frozen == "reference")
+
+
+def test_frozen_layers_of_tokens_have_no_gradient_to_compare():
+    reference = tnn.Embedding(5, 3).requires_grad_(False)
+    port = mnn.Embedding(5, 3)
+    port.freeze()
+    report = mlx_parity.check(reference, port, np.array([[0, 4, 2]]))
+    assert report.ok, str(report)
