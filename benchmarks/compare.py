@@ -6,8 +6,9 @@
 Where a process lands in memory, and on which cores, moves its speed by more than most changes do,
 for as long as it lives. So the unit of evidence is a pair of fresh processes, one of each tree,
 that take turns; within a pair all that counts is the median of its ratios. Several pairs give an
-interval (Student's t on the logarithms), and "slower" or "faster" must be said again by as many
-fresh pairs.
+interval (Student's t on the logarithms). It is looked at after a quarter of the pairs, after half
+and after all of them, and the first look that decides is the last: what is plain costs little, and
+the chance of a wrong verdict is shared out among the looks (Bonferroni).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("worker.py")
 REPORT = Path("reports/compare.json")
 
-PROCESSES = 5
+PROCESSES = 20
+LOOKS = (0.25, 0.5, 1.0)
+"""The shares of the pairs after which a verdict is sought."""
+
 TURNS = 12
 TURN_SECONDS = 0.1
 CONFIDENCE = 0.99
@@ -179,35 +183,40 @@ class Comparison:
     system: str
     threshold: float = THRESHOLD
     confidence: float = CONFIDENCE
+    processes: int = PROCESSES
     logs: list[float] = field(default_factory=list)
-    repeated: list[float] = field(default_factory=list)
-    """Of the fresh pairs that a first verdict was repeated with."""
+
+    @property
+    def looks(self) -> list[int]:
+        """How many pairs there are at each look."""
+        return sorted({max(2, round(share * self.processes)) for share in LOOKS})
 
     @property
     def ratio(self) -> float:
         """Head's time over base's: above 1 is slower."""
-        return math.exp(float(np.mean(self.logs + self.repeated)))
+        return math.exp(float(np.mean(self.logs)))
 
     @property
     def interval(self) -> tuple[float, float]:
-        return interval(self.logs + self.repeated, self.confidence)
+        """Of the ratio. It holds at every look at once."""
+        return interval(self.logs, 1 - (1 - self.confidence) / len(self.looks))
 
     @property
     def detectable(self) -> float:
         """The smallest change that this comparison would have called one, as a share."""
-        low, high = interval(self.logs, self.confidence)
+        low, high = self.interval
         return (1 + self.threshold) * math.sqrt(high / low) - 1
 
     @property
-    def first(self) -> Verdict:
-        return decide(self.logs, self.threshold, self.confidence)
+    def verdict(self) -> Verdict:
+        """Of the pairs so far; "inconclusive" between the looks."""
+        if len(self.logs) not in self.looks:
+            return "inconclusive"
+        return decide(self.interval, self.threshold)
 
     @property
-    def verdict(self) -> Verdict:
-        if not self.repeated:
-            return self.first
-        again = decide(self.repeated, self.threshold, self.confidence)
-        return self.first if self.first == again else "inconclusive"
+    def ended(self) -> bool:
+        return self.verdict != "inconclusive" or len(self.logs) >= self.processes
 
     def row(self) -> dict[str, Any]:
         return {
@@ -229,9 +238,9 @@ def interval(logs: Sequence[float], confidence: float) -> tuple[float, float]:
     return math.exp(middle - half), math.exp(middle + half)
 
 
-def decide(logs: Sequence[float], threshold: float, confidence: float) -> Verdict:
+def decide(interval: tuple[float, float], threshold: float) -> Verdict:
     """From the whole interval: beyond the threshold, within it, or across it."""
-    low, high = interval(logs, confidence)
+    low, high = interval
     if low > 1 + threshold:
         return "slower"
     if high < 1 / (1 + threshold):
@@ -247,9 +256,9 @@ def compare(
     systems: Mapping[str, int],
     processes: int = PROCESSES,
     thresholds: Mapping[str, float] | None = None,
-    progress: Callable[[str], None] = lambda system: None,
+    progress: Callable[[Comparison], None] = lambda comparison: None,
 ) -> list[Comparison]:
-    """Each system, by name with its batch size, in ``processes`` fresh pairs, twice where it moved.
+    """Each system, by name with its batch size, in at most ``processes`` fresh pairs.
 
     The confidence is shared out among the systems (Bonferroni), so that it holds for all at once.
     The pairs of all systems are mixed: what the machine does for minutes meets every system.
@@ -257,19 +266,15 @@ def compare(
     thresholds = thresholds or {}
     confidence = 1 - (1 - CONFIDENCE) / len(systems)
     found = [
-        Comparison(s, thresholds.get(s, thresholds.get("default", THRESHOLD)), confidence)
+        Comparison(
+            s, thresholds.get(s, thresholds.get("default", THRESHOLD)), confidence, processes
+        )
         for s in systems
     ]
-
-    def more(comparisons: Sequence[Comparison], logs: str) -> None:
-        for _ in range(processes):
-            for c in comparisons:
-                pair = pair_of_processes(base, head, c.system, systems[c.system])
-                getattr(c, logs).extend(pair.logs)
-                progress(c.system)
-
-    more(found, "logs")
-    more([c for c in found if c.first in ("slower", "faster")], "repeated")
+    while undecided := [c for c in found if not c.ended]:
+        for c in undecided:
+            c.logs.extend(pair_of_processes(base, head, c.system, systems[c.system]).logs)
+            progress(c)
     return found
 
 
@@ -338,7 +343,7 @@ def thresholds_of(pyproject: Path = ROOT / "pyproject.toml") -> dict[str, float]
 
 def table(comparisons: Sequence[Comparison], base: str, head: str) -> Table:
     made = Table(title=f"{head} against {base}: above 1x, slower", title_justify="left")
-    for column in ("system", "time", "interval", "verdict", "would have seen"):
+    for column in ("system", "time", "interval", "verdict", "would have seen", "pairs"):
         made.add_column(column, justify="left" if column in ("system", "verdict") else "right")
     for c in comparisons:
         low, high = c.interval
@@ -348,6 +353,7 @@ def table(comparisons: Sequence[Comparison], base: str, head: str) -> Table:
             f"{low:.3f}-{high:.3f}",
             c.verdict,
             f"{c.detectable:.1%}",
+            str(len(c.logs)),
         )
     return made
 
@@ -388,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("revision", nargs="?", help="what git calls it; not with --mlx")
     parser.add_argument("systems", nargs="*", help="only those whose name contains one of these")
     parser.add_argument("--mlx", metavar="VERSION", help="this tree on another MLX instead")
-    parser.add_argument("--processes", type=int, default=PROCESSES, help="pairs of processes")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="pairs at most")
     parser.add_argument("--batch-size", type=int)
     options = parser.parse_args(argv)
     if bool(options.revision) == bool(options.mlx) and not options.mlx:
@@ -422,14 +428,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             with bar:
                 bars = {s: bar.add_task(s, total=options.processes) for s in systems}
-                found = compare(
-                    base,
-                    head,
-                    systems,
-                    options.processes,
-                    thresholds,
-                    lambda system: bar.advance(bars[system]),
-                )
+
+                def progress(c: Comparison) -> None:
+                    total = len(c.logs) if c.ended else options.processes
+                    bar.update(bars[c.system], completed=len(c.logs), total=total)
+
+                found = compare(base, head, systems, options.processes, thresholds, progress)
     except (ValueError, WorkerFailed) as error:
         print(error, file=sys.stderr)
         return 2

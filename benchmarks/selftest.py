@@ -46,17 +46,23 @@ STORED_THRESHOLD = 0.05
 class Trial:
     """One comparison of this tree with itself, under each slowdown."""
 
-    system: str
+    comparisons: list[Comparison]
     pairs: list[Pair] = field(default_factory=list)
-    processes: int = PROCESSES
 
-    def comparison(self, i: int) -> Comparison:
-        """Under slowdown ``i``; the second half of the pairs repeats a verdict of the first."""
-        logs = [pair.logs[i] for pair in self.pairs]
-        made = Comparison(self.system, logs=logs[: self.processes])
-        if made.first in ("slower", "faster"):
-            made.repeated = logs[self.processes :]
-        return made
+    @classmethod
+    def of(cls, system: str, processes: int = PROCESSES) -> Trial:
+        return cls([Comparison(system, processes=processes) for _ in SLOWDOWNS])
+
+    @property
+    def ended(self) -> bool:
+        return all(c.ended for c in self.comparisons)
+
+    def add(self, pair: Pair) -> None:
+        """A comparison that has ended takes no more pairs, as in a run of its own."""
+        self.pairs.append(pair)
+        for c, log in zip(self.comparisons, pair.logs, strict=True):
+            if not c.ended:
+                c.logs.append(log)
 
     def stored(self, i: int) -> str:
         """A stored run's verdict: the first pair's base against the last pair's head."""
@@ -67,11 +73,11 @@ class Trial:
 
 
 def trial(system: str, batch: int, processes: int) -> Trial:
-    """In a process of the pool. The repeat is run whether a verdict asks for it or not."""
+    """In a process of the pool."""
     here = Side("this tree", sys.executable, (ROOT,))
-    made = Trial(system, processes=processes)
-    for _ in range(2 * processes):
-        made.pairs.append(pair_of_processes(here, here, system, batch, SLOWDOWNS))
+    made = Trial.of(system, processes)
+    while not made.ended:
+        made.add(pair_of_processes(here, here, system, batch, SLOWDOWNS))
     return made
 
 
@@ -101,7 +107,7 @@ def summarise(done: Sequence[Trial]) -> list[dict[str, Any]]:
     """For each slowdown how often each verdict fell, ours and the stored run's."""
     rows = []
     for i, slowdown in enumerate(SLOWDOWNS):
-        comparisons = [t.comparison(i) for t in done]
+        comparisons = [t.comparisons[i] for t in done]
         rows.append(
             {
                 "slowdown": slowdown,
@@ -109,7 +115,7 @@ def summarise(done: Sequence[Trial]) -> list[dict[str, Any]]:
                 "verdicts": Counter(c.verdict for c in comparisons),
                 "stored": Counter(t.stored(i) for t in done),
                 "ratios": [c.ratio for c in comparisons],
-                "pairs": [[pair.logs[i] for pair in t.pairs] for t in done],
+                "pairs": [c.logs for c in comparisons],
             }
         )
     return rows
@@ -138,6 +144,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     made = Table(title="This tree against itself", title_justify="left")
     made.add_column("its steps made longer by")
     made.add_column("ratio found")
+    made.add_column("pairs", justify="right")
     for verdict in verdicts:
         made.add_column(verdict, justify="right")
     made.add_column("a stored run says slower", justify="right")
@@ -147,6 +154,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         made.add_row(
             f"{row['slowdown']:.0%}",
             f"{ratios[0]:.3f} to {ratios[-1]:.3f}",
+            str(sum(map(len, row["pairs"]))),
             *(f"{row['verdicts'][v]} of {row['comparisons']}" for v in verdicts),
             *(f"{row['stored'][v]} of {row['comparisons']}" for v in verdicts[:2]),
         )
@@ -156,7 +164,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="nox -s bench-selftest --")
     parser.add_argument("--comparisons", type=int, default=20)
-    parser.add_argument("--processes", type=int, default=PROCESSES, help="pairs in a comparison")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="pairs at most")
     parser.add_argument("--system", default="001 GAN")
     parser.add_argument("--parallel", type=int, default=1, help="at a time, each on its own cores")
     options = parser.parse_args(argv)
@@ -201,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": machine.identity(use_openblas()),
     }
     print(
-        f"{system}, batch {batch}, {options.processes} pairs of processes a comparison and as many "
-        f"to repeat it; a step took {step[0]:.1f} to {step[-1]:.1f} ms on "
-        f"{about['machine']['mlx_device']}, {options.parallel} comparisons at a time"
+        f"{system}, batch {batch}, at most {options.processes} pairs of processes a comparison, "
+        f"{options.parallel} comparisons at a time; a step took {step[0]:.1f} to {step[-1]:.1f} ms "
+        f"on {about['machine']['mlx_device']}"
     )
     REPORT.parent.mkdir(exist_ok=True)
     partial = REPORT.with_suffix(".partial")

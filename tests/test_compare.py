@@ -55,7 +55,7 @@ def side(tmp_path, monkeypatch) -> Side:
 
 
 def simulated(
-    rng: np.random.Generator, n: int, effect: float, spread: float = 0.006
+    rng: np.random.Generator, n: int, effect: float, spread: float = 0.015
 ) -> list[float]:
     """Logarithms of ``n`` pairs of processes, heavy-tailed as on a shared machine."""
     return list(np.log(effect) + spread * rng.standard_t(5, n))
@@ -75,18 +75,18 @@ def simulated(
     ],
 )
 def test_the_whole_interval_decides(logs, verdict):
-    assert decide(logs, 0.02, 0.99) == verdict
+    assert decide(interval(logs, 0.99), 0.02) == verdict
 
 
 @pytest.mark.parametrize("effect", [1.0, 1.05, 1.10])
 def test_what_is_found_and_how_often_on_known_answers(effect: float):
-    """The two stages together, as a run of the command decides."""
+    """The looks together, as a run of the command decides."""
     rng = np.random.default_rng(int(effect * 100))
     trials, verdicts = 1000, []
     for _ in range(trials):
-        c = Comparison("x", logs=simulated(rng, 5, effect))
-        if c.first in ("slower", "faster"):
-            c.repeated = simulated(rng, 5, effect)
+        c = Comparison("x")
+        while not c.ended:
+            c.logs += simulated(rng, 1, effect)
         verdicts.append(c.verdict)
     slower, faster = verdicts.count("slower"), verdicts.count("faster")
     if effect == 1.0:
@@ -105,15 +105,32 @@ def test_the_interval_covers_as_often_as_it_says():
     assert 0 < missed < 2000 * 0.01 + 5 * (2000 * 0.01) ** 0.5
 
 
-def test_one_verdict_is_not_enough():
-    slow, same = [0.1, 0.11, 0.1, 0.09], [0.0, 0.001, 0.0, -0.001]
-    assert Comparison("x", logs=slow, repeated=slow).verdict == "slower"
-    assert Comparison("x", logs=slow, repeated=same).verdict == "inconclusive"
+def test_looking_often_calls_what_is_not_so_no_oftener_than_promised():
+    """On the threshold itself, where each look alone would err in 1 of 200."""
+    rng = np.random.default_rng(1)
+    trials, wrong = 2000, 0
+    for _ in range(trials):
+        c = Comparison("x", threshold=0.02, confidence=0.99)
+        while not c.ended:
+            c.logs.append(rng.normal(np.log(1.02), 0.02))
+        wrong += c.verdict == "slower"
+    assert wrong <= trials * 0.005 + 3 * (trials * 0.005) ** 0.5
+
+
+def test_a_verdict_falls_at_a_look_and_ends_the_comparison():
+    c = Comparison("x", processes=12)
+    ended = []
+    for log in [0.1, 0.101, 0.1, 0.099, 0.1, 0.1]:
+        c.logs.append(log)
+        ended.append((c.verdict, c.ended))
+    assert c.looks == [3, 6, 12]
+    assert [i for i, (verdict, _) in enumerate(ended, 1) if verdict == "slower"] == [3, 6]
+    assert [i for i, (_, end) in enumerate(ended, 1) if end] == [3, 6]
 
 
 def test_no_verdict_tells_what_would_have_been_one():
-    quiet = Comparison("x", logs=[0.0, 0.001, 0.0, -0.001])
-    noisy = Comparison("x", logs=[0.0, 0.1, 0.0, -0.1])
+    quiet = Comparison("x", processes=4, logs=[0.0, 0.001, 0.0, -0.001])
+    noisy = Comparison("x", processes=4, logs=[0.0, 0.1, 0.0, -0.1])
     assert quiet.verdict == "no change"
     assert quiet.detectable < 0.03
     assert noisy.verdict == "inconclusive"
@@ -182,18 +199,23 @@ def test_an_interrupted_comparison_leaves_no_process(side, error, monkeypatch):
     assert workers(side.path[0]) == []
 
 
-def test_what_moved_is_measured_again_and_what_did_not_is_not(side, monkeypatch):
+def test_what_is_plain_ends_early_and_what_is_not_goes_on(side, monkeypatch):
     calls: list[str] = []
 
     def pair(base: Side, head: Side, system: str, batch: int) -> Pair:
         calls.append(system)
-        log = (0.1 if system == "slow" else 0.0) + 0.001 * (len(calls) % 3)
-        return Pair((log,), 1.0, (1.0,))
+        log = 0.1 if system == "slow" else 0.02 * (-1) ** calls.count("same")
+        return Pair((log + 0.0001 * (len(calls) % 3),), 1.0, (1.0,))
 
     monkeypatch.setattr(comparing, "pair_of_processes", pair)
-    slow, same = compare(side, side, {"slow": 1, "same": 1}, processes=3)
-    assert (slow.verdict, same.verdict) == ("slower", "no change")
-    assert (calls.count("slow"), calls.count("same")) == (6, 3)
+    told: list[tuple[str, bool]] = []
+    systems = {"slow": 1, "same": 1}
+    slow, same = compare(
+        side, side, systems, processes=16, progress=lambda c: told.append((c.system, c.ended))
+    )
+    assert (slow.verdict, same.verdict) == ("slower", "inconclusive")
+    assert (calls.count("slow"), calls.count("same")) == (4, 16)
+    assert [system for system, ended in told if ended] == ["slow", "same"]
     assert slow.confidence == pytest.approx(0.995)  # shared between the two
 
 
@@ -267,7 +289,7 @@ def test_a_threshold_that_is_none_is_refused(tmp_path, value):
 
 def test_the_report_is_whole_or_the_one_before(tmp_path, monkeypatch):
     path = tmp_path / "reports" / "compare.json"
-    comparing.write([Comparison("x", logs=[0.1, 0.1])], "base", "head", path)
+    comparing.write([Comparison("x", logs=[0.1] * 5)], "base", "head", path)
     before = path.read_text()
     assert json.loads(before)["rows"][0]["verdict"] == "slower"
     monkeypatch.setattr(Path, "replace", _raise(KeyboardInterrupt))
@@ -305,20 +327,20 @@ def test_systems_that_do_not_exist_are_told(capsys):
 # the self-test
 
 
-def trial_of(rng: np.random.Generator, processes: int = 5) -> selftest.Trial:
-    pairs = []
-    for _ in range(2 * processes):
+def trial_of(rng: np.random.Generator) -> selftest.Trial:
+    trial = selftest.Trial.of("x")
+    while not trial.ended:
         own = rng.normal(0, 0.1, 2)  # a process's own speed, which a stored run takes for a change
-        log = rng.normal(0, 0.005)
+        log = rng.normal(0, 0.015)
         slow = [1 + s for s in selftest.SLOWDOWNS]
-        pairs.append(
+        trial.add(
             Pair(
                 tuple(float(log + np.log(s)) for s in slow),
                 float(np.exp(own[0])),
                 tuple(float(s * np.exp(own[1])) for s in slow),
             )
         )
-    return selftest.Trial("x", pairs, processes)
+    return trial
 
 
 def test_the_self_test_counts_verdicts_and_what_a_stored_run_says():
