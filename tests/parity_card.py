@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 from queue import Empty
@@ -101,20 +102,24 @@ def main(argv: list[str] | None = None) -> int:
             for i, size in enumerate(shards[n])
         }
         waiting = set(futures)
+        ended = ""
         try:
             while waiting:
                 try:
                     progress.advance(bars[ticks.get(timeout=0.2)])
                 except Empty:
                     for future in [f for f in waiting if f.done()]:
-                        waiting.remove(future)
                         (proof, taken), name = future.result(), futures[future]
+                        waiting.remove(future)
                         seconds[name] += taken
                         if name in proofs:
                             proofs[name].merge(proof)
                         else:
                             proofs[name] = proof
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, BrokenProcessPool) as why:
+            ended = (
+                "Interrupted" if isinstance(why, KeyboardInterrupt) else "A climb's process died"
+            )
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is done gets shown
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - helpers:
@@ -128,9 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     card.write(ordered, REPORT, profile=os.environ.get("HYPOTHESIS_PROFILE", "dev"), mlx_blas=blas)
     console.print(f"MLX {version('mlx')} ({blas}), PyTorch {version('torch')}; {REPORT}")
     if unfinished:
-        console.print(
-            f"Interrupted, without {len(unfinished)} cases: {', '.join(sorted(unfinished))}"
-        )
+        console.print(f"{ended}, without {len(unfinished)} cases: {', '.join(sorted(unfinished))}")
     dearest = sorted(names, key=lambda n: seconds[n], reverse=True)[:5]
     each = (f"{n} {seconds[n]:.0f} s ({seconds[n] / of_case[n]:.1f} s a shape)" for n in dearest)
     console.print(f"CPU time {sum(seconds.values()):.0f} s, most of it {', '.join(each)}")

@@ -1,11 +1,16 @@
 """The parity card: what it says of every shape that was drawn, and of the rungs it leaves empty."""
 
 import io
+import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from rich.console import Console
 
 from mlx_parity import Proof, card, prove
 from mlx_parity.ladder import Rung
+from tests import parity_card
 from tests.cases import CASES
 
 LOSS = next(case for case in CASES if case.name == "bce_with_logits")
@@ -54,3 +59,37 @@ def test_the_card_lists_what_was_drawn():
     card.show([made], Console(file=page, width=160))
     assert f"batch {made.ranges()['batch']}" in page.getvalue()
     assert "Empty: there is nothing of the kind." in " ".join(page.getvalue().split())
+
+
+class DyingPool:
+    """Its processes climb, until one takes the case that kills it."""
+
+    def __init__(self, *_: object, **__: object):
+        self.dead = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object):
+        pass
+
+    def submit(self, climb, name: str, *rest: Any) -> Future:
+        future: Future = Future()
+        self.dead |= name == "two_logit_loss"
+        if self.dead:
+            future.set_exception(BrokenProcessPool("a process was terminated abruptly"))
+        else:
+            future.set_result(climb(name, *rest))
+        return future
+
+    def shutdown(self, **_: object):
+        pass
+
+
+def test_a_climb_that_dies_takes_no_finished_case_along(monkeypatch, tmp_path, capsys):
+    report = tmp_path / "parity.json"
+    monkeypatch.setattr(parity_card, "ProcessPoolExecutor", DyingPool)
+    monkeypatch.setattr(parity_card, "REPORT", report)
+    assert parity_card.main(["bce_with_logits", "two_logit_loss", "--examples", "2"]) == 1
+    assert {row["model"] for row in json.loads(report.read_text())} == {"bce_with_logits"}
+    assert "process died, without 1 cases: two_logit_loss" in capsys.readouterr().out
