@@ -2,7 +2,8 @@
 
 Sources
     Document 000, repaired: ERRATA.md lists what was wrong. Goodfellow et al. 2014
-    (arXiv 1406.2661), Algorithm 1. What the field does instead is in ``dcgan.py``.
+    (arXiv 1406.2661), whose Algorithm 1 is the step of ``gan.py``. What the field does instead
+    is in ``dcgan.py``.
 
 Repairs that show here: the generator projects the noise to a map of a quarter of the image's size,
 not to a single pixel, so that two stages reach the image (000-E6); the discriminator's last layer
@@ -12,11 +13,20 @@ calls and never makes, is there (000-E8); it returns logits, not probabilities (
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 
+from mlx_impl.gan import train_step
 from mlx_impl.layers import Conv2d, ConvTranspose2d, Linear
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
+
+__all__ = [  # all that training takes, shared or not
+    "Discriminator",
+    "Generator",
+    "discriminator_loss",
+    "generator_loss_nonsaturating",
+    "make_optimizer",
+    "train_step",
+]
 
 
 class Generator(nn.Module):
@@ -87,35 +97,3 @@ def make_optimizer(module: nn.Module) -> Adam:
     optimizer = Adam(learning_rate=2e-4, betas=(0.5, 0.999))
     optimizer.init(module.trainable_parameters())  # before a compiled step captures its state
     return optimizer
-
-
-def train_step(
-    generator: Generator,
-    discriminator: Discriminator,
-    optimizer_g: optim.Optimizer,
-    optimizer_d: optim.Optimizer,
-    real: mx.array,
-    noise: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """One alternating step on real (B, H, W, C) and noise (B, latent_dim).
-
-    Goodfellow Algorithm 1, k = 1. Both halves see the same fakes, and the generator's half the
-    discriminator just updated. Returns the discriminator's and the generator's loss, each before
-    its own update.
-    """
-
-    def d_loss_fn(discriminator: Discriminator, fake: mx.array) -> mx.array:
-        return discriminator_loss(discriminator(real), discriminator(fake))
-
-    def g_loss_fn(generator: Generator) -> tuple[mx.array, mx.array]:
-        # MLX keeps no tape to come back to, so the discriminator's half is in here: the fakes that
-        # it was updated on are then those that the generator's loss differentiates.
-        fake = generator(noise)
-        d_loss_and_grad = nn.value_and_grad(discriminator, d_loss_fn)
-        d_loss, d_grads = d_loss_and_grad(discriminator, mx.stop_gradient(fake))
-        optimizer_d.update(discriminator, d_grads)
-        return generator_loss_nonsaturating(discriminator(fake)), d_loss
-
-    (g_loss, d_loss), g_grads = nn.value_and_grad(generator, g_loss_fn)(generator)
-    optimizer_g.update(generator, g_grads)
-    return d_loss, g_loss

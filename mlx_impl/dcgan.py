@@ -5,7 +5,7 @@ Sources
     generator's sizes, section 4 for the initial weights and Adam's settings. Where the paper is
     silent, pytorch/examples ``dcgan/main.py``: no biases in the convolutions, kernels of 4, the
     projection a transposed convolution, the discriminator's widths, and N(1, 0.02) for the norms.
-    Goodfellow et al. 2014 (arXiv 1406.2661), Algorithm 1.
+    Goodfellow et al. 2014 (arXiv 1406.2661), whose Algorithm 1 is the step of ``gan.py``.
 
 At the defaults, 64 x 64 in four stages, the generator has 3,576,704 parameters and the
 discriminator 2,765,568. Both run in the mode of ``train()`` or ``eval()``: BatchNorm keeps running
@@ -16,12 +16,22 @@ from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optim
 from mlx.utils import tree_map_with_path
 
+from mlx_impl.gan import train_step
 from mlx_impl.layers import BatchNorm, Conv2d, ConvTranspose2d, leaky_relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
+
+__all__ = [  # all that training takes, shared or not
+    "Discriminator",
+    "Generator",
+    "discriminator_loss",
+    "generator_loss_nonsaturating",
+    "init_weights",
+    "make_optimizer",
+    "train_step",
+]
 
 
 class Generator(nn.Module):
@@ -125,36 +135,3 @@ def make_optimizer(module: nn.Module) -> Adam:
     optimizer = Adam(learning_rate=2e-4, betas=(0.5, 0.999))
     optimizer.init(module.trainable_parameters())  # before a compiled step captures its state
     return optimizer
-
-
-def train_step(
-    generator: Generator,
-    discriminator: Discriminator,
-    optimizer_g: optim.Optimizer,
-    optimizer_d: optim.Optimizer,
-    real: mx.array,
-    noise: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """One alternating step on real (B, H, W, C) and noise (B, latent_dim).
-
-    Goodfellow Algorithm 1, k = 1. Both halves see the same fakes, and the generator's half the
-    discriminator just updated. Each call of a network moves its running statistics: once the
-    generator's, three times the discriminator's (real, fake, fake again after its update). Returns
-    the discriminator's and the generator's loss, each before its own update.
-    """
-
-    def d_loss_fn(discriminator: Discriminator, fake: mx.array) -> mx.array:
-        return discriminator_loss(discriminator(real), discriminator(fake))
-
-    def g_loss_fn(generator: Generator) -> tuple[mx.array, mx.array]:
-        # MLX keeps no tape to come back to. A second call would make the same fakes and move the
-        # running statistics once too often, so the discriminator's half is in here.
-        fake = generator(noise)
-        d_loss_and_grad = nn.value_and_grad(discriminator, d_loss_fn)
-        d_loss, d_grads = d_loss_and_grad(discriminator, mx.stop_gradient(fake))
-        optimizer_d.update(discriminator, d_grads)
-        return generator_loss_nonsaturating(discriminator(fake)), d_loss
-
-    (g_loss, d_loss), g_grads = nn.value_and_grad(generator, g_loss_fn)(generator)
-    optimizer_g.update(generator, g_grads)
-    return d_loss, g_loss

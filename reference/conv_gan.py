@@ -2,7 +2,8 @@
 
 Sources
     Document 000, repaired: ERRATA.md lists what was wrong. Goodfellow et al. 2014
-    (arXiv 1406.2661), Algorithm 1. What the field does instead is in ``dcgan.py``.
+    (arXiv 1406.2661), whose Algorithm 1 is the step of ``gan.py``. What the field does instead
+    is in ``dcgan.py``.
 
 Repairs that show here: the generator projects the noise to a map of a quarter of the image's size,
 not to a single pixel, so that two stages reach the image (000-E6); the discriminator's last layer
@@ -14,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.gan import train_step
 from reference.losses import discriminator_loss, generator_loss_nonsaturating
+
+__all__ = [  # all that training takes, shared or not
+    "Discriminator",
+    "Generator",
+    "discriminator_loss",
+    "generator_loss_nonsaturating",
+    "make_optimizer",
+    "train_step",
+]
 
 
 class Generator(nn.Module):
@@ -83,30 +94,3 @@ def _quarter(image_size: tuple[int, int]) -> tuple[int, int]:
 def make_optimizer(module: nn.Module) -> torch.optim.Adam:
     """Adam with the document's settings."""
     return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
-
-
-def train_step(
-    generator: Generator,
-    discriminator: Discriminator,
-    optimizer_g: torch.optim.Optimizer,
-    optimizer_d: torch.optim.Optimizer,
-    real: Tensor,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One alternating step on real (B, C, H, W) and noise (B, latent_dim).
-
-    Goodfellow Algorithm 1, k = 1. Both halves see the same fakes, and the generator's half the
-    discriminator just updated. Returns the discriminator's and the generator's loss, each before
-    its own update.
-    """
-    fake = generator(noise)
-    d_loss = discriminator_loss(discriminator(real), discriminator(fake.detach()))
-    optimizer_d.zero_grad()
-    d_loss.backward()
-    optimizer_d.step()
-
-    g_loss = generator_loss_nonsaturating(discriminator(fake))
-    optimizer_g.zero_grad()
-    g_loss.backward(inputs=list(generator.parameters()))  # no gradients for the discriminator here
-    optimizer_g.step()
-    return d_loss.detach(), g_loss.detach()

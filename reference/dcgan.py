@@ -5,7 +5,7 @@ Sources
     generator's sizes, section 4 for the initial weights and Adam's settings. Where the paper is
     silent, pytorch/examples ``dcgan/main.py``: no biases in the convolutions, kernels of 4, the
     projection a transposed convolution, the discriminator's widths, and N(1, 0.02) for the norms.
-    Goodfellow et al. 2014 (arXiv 1406.2661), Algorithm 1.
+    Goodfellow et al. 2014 (arXiv 1406.2661), whose Algorithm 1 is the step of ``gan.py``.
 
 At the defaults, 64 x 64 in four stages, the generator has 3,576,704 parameters and the
 discriminator 2,765,568. Both run in the mode of ``train()`` or ``eval()``: BatchNorm keeps running
@@ -18,7 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.gan import train_step
 from reference.losses import discriminator_loss, generator_loss_nonsaturating
+
+__all__ = [  # all that training takes, shared or not
+    "Discriminator",
+    "Generator",
+    "discriminator_loss",
+    "generator_loss_nonsaturating",
+    "init_weights",
+    "make_optimizer",
+    "train_step",
+]
 
 
 class Generator(nn.Module):
@@ -116,31 +127,3 @@ def init_weights(module: nn.Module, seed: int) -> None:
 def make_optimizer(module: nn.Module) -> torch.optim.Adam:
     """Adam with Radford's settings, section 4."""
     return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
-
-
-def train_step(
-    generator: Generator,
-    discriminator: Discriminator,
-    optimizer_g: torch.optim.Optimizer,
-    optimizer_d: torch.optim.Optimizer,
-    real: Tensor,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One alternating step on real (B, C, H, W) and noise (B, latent_dim).
-
-    Goodfellow Algorithm 1, k = 1. Both halves see the same fakes, and the generator's half the
-    discriminator just updated. Each call of a network moves its running statistics: once the
-    generator's, three times the discriminator's (real, fake, fake again after its update). Returns
-    the discriminator's and the generator's loss, each before its own update.
-    """
-    fake = generator(noise)
-    d_loss = discriminator_loss(discriminator(real), discriminator(fake.detach()))
-    optimizer_d.zero_grad()
-    d_loss.backward()
-    optimizer_d.step()
-
-    g_loss = generator_loss_nonsaturating(discriminator(fake))
-    optimizer_g.zero_grad()
-    g_loss.backward(inputs=list(generator.parameters()))  # no gradients for the discriminator here
-    optimizer_g.step()
-    return d_loss.detach(), g_loss.detach()

@@ -2,7 +2,8 @@
 
 Sources
     Documents 001 (widths 128, 256, 512) and 002 (widths 256, 512, 1024, on MNIST), repaired:
-    ERRATA.md lists what was wrong. Goodfellow et al. 2014 (arXiv 1406.2661), Algorithm 1.
+    ERRATA.md lists what was wrong. Goodfellow et al. 2014 (arXiv 1406.2661), whose
+    Algorithm 1 is the step of ``gan.py``.
 
 Repairs that show here: the discriminator returns logits, not probabilities (001-E4, 002-E4); the
 generator returns images and the discriminator flattens them, so D(G(z)) composes (002-E3).
@@ -14,7 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reference.gan import train_step
 from reference.losses import discriminator_loss, generator_loss_nonsaturating
+
+__all__ = [  # all that training takes, shared or not
+    "DOCUMENT_001",
+    "DOCUMENT_002",
+    "Discriminator",
+    "Generator",
+    "discriminator_loss",
+    "generator_loss_nonsaturating",
+    "make_optimizer",
+    "train_step",
+]
 
 DOCUMENT_001 = (128, 256, 512)
 DOCUMENT_002 = (256, 512, 1024)
@@ -74,29 +87,3 @@ class Discriminator(nn.Module):
 def make_optimizer(module: nn.Module) -> torch.optim.Adam:
     """Adam with both documents' settings."""
     return torch.optim.Adam(module.parameters(), lr=2e-4, betas=(0.5, 0.999))
-
-
-def train_step(
-    generator: Generator,
-    discriminator: Discriminator,
-    optimizer_g: torch.optim.Optimizer,
-    optimizer_d: torch.optim.Optimizer,
-    real: Tensor,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """One alternating step on real (B, C, H, W) and noise (B, latent_dim).
-
-    Goodfellow Algorithm 1, k = 1. The generator's half sees the same noise and the discriminator
-    just updated. Returns the discriminator's and the generator's loss, each before its own update.
-    """
-    fake = generator(noise)
-    d_loss = discriminator_loss(discriminator(real), discriminator(fake.detach()))
-    optimizer_d.zero_grad()
-    d_loss.backward()
-    optimizer_d.step()
-
-    g_loss = generator_loss_nonsaturating(discriminator(fake))
-    optimizer_g.zero_grad()
-    g_loss.backward(inputs=list(generator.parameters()))  # no gradients for the discriminator here
-    optimizer_g.step()
-    return d_loss.detach(), g_loss.detach()

@@ -67,6 +67,8 @@ def test_the_twins_have_the_same_names_and_arguments(path: Path):
         return found
 
     assert public(ours) == {k: v for k, v in public(theirs).items() if k in public(ours)}
+    # what a file hands on of another's is looked for there by name
+    assert getattr(ours, "__all__", None) == getattr(theirs, "__all__", None)
 
 
 def test_an_import_is_seen_wherever_it_hides(tmp_path: Path):
