@@ -70,7 +70,7 @@ def run(session: nox.Session, *command: str, **env: str) -> None:
 
 @nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
-    """Ruff (rules and format) and mypy on the three packages."""
+    """Ruff (rules and format) and mypy on the packages and the benchmarks."""
     run(session, "ruff", "check", ".")
     run(session, "ruff", "format", "--check", ".")
     run(session, "mypy")

@@ -139,7 +139,8 @@ def _tf32(identity: dict[str, Any]) -> str:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """pytest-benchmark cannot save a benchmark that was interrupted before its first round, and
     would take all the others, and our report, down with it."""
-    kept = session.config._benchmarksession.benchmarks
+    config: Any = session.config  # to which pytest-benchmark adds its session, undeclared
+    kept = config._benchmarksession.benchmarks
     kept[:] = [benchmark for benchmark in kept if benchmark.stats.data]
 
 
@@ -184,7 +185,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     )
     if shares := [row["harness_share"] for row in found if row["harness_share"] is not None]:
         console.print(f"the loop around a step took {max(shares):.2%} of it at most")
-    complaints = list(config.stash[_complaints])
+    complaints = config.stash[_complaints].copy()
     others = max(row["others_cpu"] for row in found)
     if others > BUSY:
         complaints.append(

@@ -97,8 +97,7 @@ def unevaluated(tree: Any) -> list[str]:
     MLX has no question for this; an evaluated array is drawn as a graph without operations.
     """
     names = []
-    flat: list[tuple[str, Any]] = tree_flatten(tree)
-    for name, array in flat:
+    for name, array in dict(tree_flatten(tree)).items():
         if not isinstance(array, mx.array):
             continue
         graph = io.StringIO()

@@ -47,8 +47,8 @@ def paired_ratio(
     i, j = np.triu_indices(n)
     walsh = np.sort((logs[i] + logs[j]) / 2)
     k, reached = _signed_rank_quantile(n, confidence)
-    low, high = walsh[k], walsh[-1 - k]
-    return Ratio(*(math.exp(x) for x in (np.median(walsh), low, high)), n, reached)
+    value, low, high = (math.exp(x) for x in (np.median(walsh), walsh[k], walsh[-1 - k]))
+    return Ratio(value, low, high, n, reached)
 
 
 def _signed_rank_quantile(n: int, confidence: float) -> tuple[int, float]:

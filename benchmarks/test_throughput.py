@@ -9,8 +9,9 @@ evaluated state.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import product
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -111,7 +112,7 @@ def gates(request: pytest.FixtureRequest) -> dict[str, str]:
     if not request.config.option.benchmark_enable:
         return {}
     timed = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    params = [item.callspec.params for item in timed]
+    params: list[Mapping[str, Any]] = [item.callspec.params for item in timed]
     names = [_proven(p["subject"], p["arm"]).case.name for p in params]
     return systems.parity_gates(names, effort(request.config).examples)
 

@@ -39,6 +39,9 @@ def enter(name: str, batch: int) -> Callable[[int, float], float]:
     shape = {**case.full_size, "batch": batch}
     mx.random.seed(0)
     system = case.build(case.port, shape)
+    if case.compile_step is None or system.step is None:
+        raise LookupError(f"{name!r} is not trained: it has no step to time")
+    step = system.step
     stateful = [*system.modules.values(), *system.optimizers.values()]
     for m, optimizer in system.optimizers.items():
         optimizer.init(system.modules[m].trainable_parameters())
@@ -53,7 +56,7 @@ def enter(name: str, batch: int) -> Callable[[int, float], float]:
     def counted(*args: Any) -> Any:
         nonlocal traces
         traces += 1
-        return system.step(*args)
+        return step(*args)
 
     compiled = case.compile_step(counted, *stateful)
 

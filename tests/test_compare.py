@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compare as comparing
-from benchmarks import selftest
+from benchmarks import selftest, worker
 from benchmarks.compare import (
     Comparison,
     Pair,
@@ -171,6 +171,19 @@ def test_workers_multiply_with_one_thread_unless_told(side, asked, monkeypatch):
 def test_a_tree_without_the_case_says_so(side):
     with pytest.raises(WorkerFailed, match="fake, broken: LookupError: no such case"):
         pair_of_processes(side, side, "broken", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("003 GAN", "this tree has no case called '003 GAN'"),
+        ("001 generator", "'001 generator' is not trained: it has no step to time"),
+    ],
+)
+def test_a_worker_refuses_what_it_cannot_time(name, message, monkeypatch):
+    monkeypatch.setattr("mlx_parity.blas.use_openblas", lambda: None)  # not in the tests' process
+    with pytest.raises(LookupError, match=message):
+        worker.enter(name, 1)
 
 
 def test_a_worker_that_dies_leaves_its_last_words(side):
