@@ -180,6 +180,7 @@ def _one(entry: Entry, arguments: argparse.Namespace, progress: Progress) -> Rep
     from mlx_parity.casefile import CaseFileError
     from mlx_parity.check import check
     from mlx_parity.drawn import check_case
+    from mlx_parity.ladder import RUNGS
     from mlx_parity.report import Report
 
     try:
@@ -189,13 +190,20 @@ def _one(entry: Entry, arguments: argparse.Namespace, progress: Progress) -> Rep
         report.undecided("case", str(error))
         return report
     if isinstance(made, Case):
-        return check_case(
+        report = check_case(
             made,
             arguments.examples,
             seed=arguments.seed,
             compiled=False if arguments.no_compile else None,
+            until=arguments.until or RUNGS[-1],
             progress=progress,
         )
+        if arguments.variants:
+            report.notes.append(
+                "not compiled in other ways: --variants is for a model at one input, and a Case "
+                "draws its shapes"
+            )
+        return report
     options = {"name": entry.name, **made}
     if arguments.until:
         options["until"] = arguments.until

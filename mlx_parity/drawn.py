@@ -14,7 +14,7 @@ from mlx_parity.case import Case
 from mlx_parity.equality import Finding
 from mlx_parity.errors import CarryError, ParityError, SideError
 from mlx_parity.explain import LOCATED, explain_case, locate
-from mlx_parity.ladder import Climb, Rung, compiles
+from mlx_parity.ladder import RUNGS, Climb, Rung, compiles
 from mlx_parity.localise import pairs
 from mlx_parity.pairing import Pairs
 from mlx_parity.proof import Proof, Row, prove
@@ -33,6 +33,7 @@ def check_case(
     *,
     seed: int | None = None,
     compiled: bool | None = None,
+    until: str = RUNGS[-1],
     localised: bool = True,
     explain: bool = True,
     progress: Progress | None = None,
@@ -42,6 +43,7 @@ def check_case(
     examples: how many shapes; by default as the Hypothesis profile in force says.
     seed: of the shapes drawn.
     compiled: whether to compile for each shape too; by default wherever MLX compiles.
+    until: the last rung to climb: "forward" for a port that only infers.
     localised, explain: whether a failure is read module by module, and a cause looked for.
     progress: called with a line at each stage.
     """
@@ -52,11 +54,11 @@ def check_case(
         try:
             say("drawing shapes and climbing the ladder at each")
             compiled = compiles() if compiled is None else compiled
-            proof = prove(case, examples, compiled=compiled, seed=seed)
+            proof = prove(case, examples, compiled=compiled, until=until, seed=seed)
             _enter(proof, report)
             failed = next((row for row in proof.rows.values() if not row.ok), None)
             if failed is not None:
-                _look_closer(case, failed, report, localised, explain, say)
+                _look_closer(proof, failed, report, localised, explain, say)
         except SideError as error:
             report.undecided(error.side, str(error))
         except (ParityError, ValueError) as error:
@@ -70,7 +72,10 @@ def check_case(
 def _enter(proof: Proof, report: Report) -> None:
     """Each rung's worst over all shapes."""
     rows = list(proof.rows.values())
-    report.rungs = [Rung(row.rung, row.ok, _summed(row), row.message) for row in rows]
+    report.rungs = [
+        Rung(row.rung, row.ok, _summed(row), "" if row.ok else row.message) for row in rows
+    ]
+    report.notes += [line for row in rows if row.ok for line in row.message.splitlines()]
     report.verdict = "equal" if proof.ok else "different"
     shapes = min((row.examples for row in rows), default=0)
     worst = max(rows, key=lambda row: row.share, default=None)
@@ -97,15 +102,16 @@ def _summed(row: Row) -> tuple[Finding, ...]:
 
 
 def _look_closer(
-    case: Case, row: Row, report: Report, localised: bool, explain: bool, say: Progress
+    proof: Proof, row: Row, report: Report, localised: bool, explain: bool, say: Progress
 ) -> None:
     """Climb once more at the shape that failed, for the tensors, the modules and the cause."""
+    case = proof.case
     report.notes = [
         f"found at {dict(row.shape)}, to which the shapes that failed were shrunk",
-        f"repeat it with mlx_parity.climb(case, {dict(row.shape)}, seed={row.seed})",
+        proof.repeat(row),
     ]
     climb = Climb(case, row.shape, row.seed)
-    rungs = climb.run()
+    rungs = climb.run(proof.until)
     if row.rung == "compiled":
         climb = Climb(case, row.shape, row.seed)
         rungs.append(climb.compiled())

@@ -26,6 +26,7 @@ from mlx_parity.errors import (
     EmptyBatchError,
     NoGradient,
     NotFiniteError,
+    ParityError,
     SideError,
     TF32Error,
 )
@@ -45,6 +46,14 @@ RUNGS = (
     "compiled",
     "reloaded",
 )
+
+
+def up_to(until: str) -> tuple[str, ...]:
+    """The rungs that are climbed where ``until`` is the last."""
+    if until not in RUNGS:
+        raise ParityError(f"until={until!r}: the rungs are {', '.join(RUNGS)}")
+    return RUNGS[: RUNGS.index(until) + 1]
+
 
 STEPS = 20
 """Training steps of a trajectory."""
@@ -192,16 +201,26 @@ class Climb:
         self.drawn = 0
         """Nearby points so far."""
 
-    def run(self) -> list[Rung]:
-        """Every rung that needs no compiler, up to the first that fails."""
+    def run(self, until: str = RUNGS[-1]) -> list[Rung]:
+        """Every rung that needs no compiler, up to the first that fails or to ``until``."""
+        wanted = up_to(until)
+        gradients = "gradients" in wanted
+        climbs: dict[str, Callable[[], list[Rung]]] = {
+            "structure": lambda: self.structure(gradients),
+            "forward": lambda: self.derivatives(gradients),
+            "optimizer step": lambda: self.training(STEPS if "trajectory" in wanted else 1),
+            "reloaded": self.reloaded,
+        }
         rungs: list[Rung] = []
-        for climb in (self.structure, self.derivatives, self.training, self.reloaded):
-            rungs += climb()
+        for first, climb in climbs.items():
+            if first in wanted:
+                rungs += [r for r in climb() if r.name in wanted]
             if not all(r.ok for r in rungs):
                 return [r for i, r in enumerate(rungs) if all(q.ok for q in rungs[:i])]
         return rungs
 
-    def structure(self) -> list[Rung]:
+    def structure(self, trains: bool = True) -> list[Rung]:
+        """Whether every tensor has its place; also, what ``trains``: else that is but a remark."""
         try:
             self.port = MLXSide(self.case, self.shape, self.usual.system)
         except CarryError as error:
@@ -209,7 +228,7 @@ class Climb:
         plans = self.port.plans.items()
         self.ignored = frozenset(f"{m}.{n}" for m, plan in plans for n in plan.ignored)
         wrong = [line for plan in self.port.plans.values() for line in plan.misplaced()]
-        return [Rung("structure", not wrong, message="\n".join(wrong))]
+        return [Rung("structure", not (wrong and trains), message="\n".join(wrong))]
 
     def derivatives(self, gradients: bool = True) -> list[Rung]:
         """Forward, loss and gradients; of a port that has none, forward and loss, and why."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_parity.case import Case, Shape
 from mlx_parity.errors import CannotCompile, NotProven
-from mlx_parity.ladder import Climb, Rung, compiles
+from mlx_parity.ladder import RUNGS, Climb, Rung, compiles, up_to
 
 SHRINK_SECONDS = 60.0
 """How long to look for a smaller shape that fails: each needs all three stages."""
@@ -67,6 +67,8 @@ class Row:
     def add(self, rung: Rung, shape: Shape, seed: int) -> None:
         worst = rung.worst
         self.examples += 1
+        if self.ok:
+            self.message = rung.message  # a remark, where the rung is passed
         if not rung.ok:
             self.ok, self.shape, self.seed = False, shape, seed
             self.message = "; ".join(str(part) for part in (rung.message, worst) if part)
@@ -89,6 +91,8 @@ class Proof:
     """All rungs of one case."""
 
     case: Case
+    until: str = RUNGS[-1]
+    """The last rung that was climbed."""
     rows: dict[str, Row] = field(default_factory=dict)
     drawn: dict[str, set[Any]] = field(default_factory=dict)
     """Every value that each part of the shape had."""
@@ -126,10 +130,16 @@ class Proof:
         """What failed, with the shape and the lines that repeat it."""
         return [
             f"{row.model}: {row.rung} fails at {dict(row.shape)}\n  {row.message}\n"
-            f"  repeat it with mlx_parity.climb(case, {dict(row.shape)}, seed={row.seed})"
+            f"  {self.repeat(row)}"
             for row in self.rows.values()
             if not row.ok
         ]
+
+    def repeat(self, row: Row) -> str:
+        """How to climb again at a row's shape."""
+        until = "" if self.until == RUNGS[-1] else f", until={self.until!r}"
+        shape = dict(row.shape)
+        return f"repeat it with mlx_parity.climb(case, {shape}, seed={row.seed}{until})"
 
     def assert_ok(self) -> None:
         """Raise :class:`NotProven` unless every rung passed."""
@@ -137,11 +147,13 @@ class Proof:
             raise NotProven("\n".join(self.failures()) or f"{self.case.name}: nothing was compared")
 
 
-def climb(case: Case, shape: Shape, seed: int, *, compiled: bool = True) -> Proof:
-    """Climb the whole ladder at one given shape."""
-    proof = Proof(case)
-    proof.add(Climb(case, shape, seed).run(), shape, seed)
-    if proof.ok and compiled:
+def climb(
+    case: Case, shape: Shape, seed: int, *, compiled: bool = True, until: str = RUNGS[-1]
+) -> Proof:
+    """Climb the ladder at one given shape, to the end or ``until`` a rung."""
+    proof = Proof(case, until)
+    proof.add(Climb(case, shape, seed).run(until), shape, seed)
+    if proof.ok and compiled and "compiled" in up_to(until):
         if not compiles():
             raise CannotCompile("MLX does not compile here: install g++, which it runs")
         proof.add([Climb(case, shape, seed).compiled()], shape, seed)
@@ -155,15 +167,17 @@ def prove(
     seed: int | None = None,
     shrink: bool = True,
     compiled: bool | None = None,
+    until: str = RUNGS[-1],
     progress: Callable[[], None] = lambda: None,
 ) -> Proof:
     """Climb the ladder at drawn shapes, as many as the Hypothesis profile in force says.
 
     A failure is shrunk by Hypothesis to a small shape. The shapes drawn are then compiled for, each
-    once and outside the examples; ``compiled=None`` does so where MLX compiles at all. ``seed``
-    fixes the shapes drawn, so that several processes can share the work.
+    once and outside the examples; ``compiled=None`` does so where MLX compiles at all. ``until`` is
+    the last rung. ``seed`` fixes the shapes drawn, so that several processes can share the work.
     """
-    proof = Proof(case)
+    proof = Proof(case, until)
+    wanted = up_to(until)
     drawn: list[tuple[Shape, int]] = []
     phases = [p for p in settings().phases if p is not Phase.explain]
     if not shrink:
@@ -188,7 +202,7 @@ def prove(
         if key not in failed:
             if time.monotonic() > stop:
                 return  # what was found so far is small enough
-            rungs = Climb(case, shape, values).run()
+            rungs = Climb(case, shape, values).run(until)
             if not all(r.ok for r in rungs):
                 failed[key] = rungs, shape, values
                 stop = min(stop, time.monotonic() + SHRINK_SECONDS)
@@ -207,7 +221,7 @@ def prove(
         proof.add(rungs, shape, values)
         return proof
 
-    if compiles() if compiled is None else compiled:
+    if "compiled" in wanted and (compiles() if compiled is None else compiled):
         for shape, values in sorted(drawn, key=lambda d: _size(d[0])):
             rung = Climb(case, shape, values).compiled()
             proof.add([rung], shape, values)

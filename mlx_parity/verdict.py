@@ -16,7 +16,7 @@ from mlx_parity.carry import channels_last
 from mlx_parity.case import Case
 from mlx_parity.equality import STAGES
 from mlx_parity.errors import NoGradient, ParityError, SideError
-from mlx_parity.ladder import COMPILED_STEPS, RUNGS, STEPS, Climb, Rung, compiles
+from mlx_parity.ladder import COMPILED_STEPS, RUNGS, STEPS, Climb, Rung, compiles, up_to
 from mlx_parity.report import Report
 from mlx_parity.structure import leaves
 from mlx_parity.subject import MODEL, Subject
@@ -47,13 +47,12 @@ class Course:
     variants: bool = False
 
     def __post_init__(self) -> None:
-        if self.until not in RANKS:
-            raise ParityError(f"until={self.until!r}: the rungs are {', '.join(RANKS)}")
+        up_to(self.until)
         if self.steps is not None and not 1 <= self.steps <= STEPS:
             raise ParityError(f"steps={self.steps}: a trajectory has 1 to {STEPS}")
 
     def reaches(self, rung: str) -> bool:
-        return RANKS[rung] <= RANKS[self.until]
+        return rung in up_to(self.until)
 
 
 @dataclass
@@ -83,10 +82,10 @@ def judge(
         return all(r.ok for r in report.rungs)
 
     progress("structure")
-    structure = climb.structure()[0]
-    if not structure.ok and not course.reaches("gradients"):
+    structure = climb.structure(course.reaches("gradients"))[0]
+    if structure.ok:
         report.notes += structure.message.splitlines()
-        structure = replace(structure, ok=True, message="")
+        structure = replace(structure, message="")
     report.rungs.append(structure)
 
     progress("forward, loss and gradients at nearby points")
@@ -113,7 +112,9 @@ def judge(
     if ok() and gradients and course.reaches("optimizer step"):
         if climb.usual.system.step is not None:
             progress("optimizer step and trajectory")
-            steps = course.steps or _affordable(took / max(climb.drawn, 1), report)
+            steps = 1
+            if course.reaches("trajectory"):
+                steps = course.steps or _affordable(took / max(climb.drawn, 1), report)
             report.rungs += [r for r in climb.training(steps) if course.reaches(r.name)]
         else:
             report.notes.append("nothing was trained: give optimizer= to compare training")

@@ -134,6 +134,62 @@ def test_a_case_that_fails_is_shrunk_located_and_explained(capsys: Any, tmp_path
     assert "<svg" in page.read_text()
 
 
+WORSE_ABOVE = """
+import mlx.core as mx
+import mlx.nn as mnn
+import torch
+from hypothesis import strategies as st
+from mlx_parity import Case, Loss, System
+
+class Ours(mnn.Linear):
+    def __init__(self):
+        super().__init__(3, 2)
+        self.freeze(keys="bias")
+
+def build(side, shape):
+    layer, power = side
+    net = layer()
+    loss = Loss(lambda x: (net(x) ** power).mean(), ("net",))
+    return System({"net": net}, lambda x: {"y": net(x)}, {"powers": loss})
+
+CASES = (Case("linear", st.fixed_dictionaries({"n": st.integers(1, 9)}), build,
+    (lambda: torch.nn.Linear(3, 2), 2), (Ours, 4),
+    lambda shape, rng: {"x": rng.standard_normal((shape["n"], 3))}),)
+"""
+
+
+@pytest.mark.parametrize(
+    ("until", "code", "rungs"),
+    [
+        ("structure", 0, {"structure": True}),
+        ("forward", 0, {"structure": True, "forward": True}),
+        ("loss", 1, {"structure": True, "forward": True, "loss": False}),
+        ("gradients", 1, {"structure": False}),
+    ],
+)
+def test_the_last_rung_of_drawn_shapes(
+    capsys: Any, tmp_path: Path, until: str, code: int, rungs: dict[str, bool]
+):
+    """The port's bias is frozen, which nobody asks who compares no gradients; its loss differs."""
+    path = written(tmp_path, WORSE_ABOVE)
+    found, (report,) = run(capsys, "check", path, "--until", until, "--examples", "2")
+    assert found == code
+    assert {r["rung"]: r["ok"] for r in report["rungs"]} == rungs
+    notes = " ".join(report["notes"])
+    if code == 0:
+        assert "bias is frozen in the port and trains in the reference" in notes
+    else:
+        assert f"until={until!r})" in notes
+
+
+def test_of_drawn_shapes_a_last_rung_that_is_none_is_refused(capsys: Any, tmp_path: Path):
+    path = written(tmp_path, WORSE_ABOVE)
+    code, (report,) = run(capsys, "check", path, "--until", "backward", "--variants")
+    assert (code, report["verdict"]) == (2, "undecided")
+    assert "until='backward': the rungs are structure, forward" in report["problem"]
+    assert "--variants is for a model at one input" in " ".join(report["notes"])
+
+
 @pytest.mark.parametrize(
     ("text", "target", "said"),
     [
