@@ -228,7 +228,7 @@ PAINTING = (
     Option("style_weight", 1e3, "of the style's Gram matrices", weight),
     Option("variation_weight", 0.0, "of the differences between neighbouring pixels", weight),
     Option("learning_rate", 0.02, "how far a step moves a pixel, of 1", rate),
-    Option("pooling", "avg", "of VGG; the paper found avg to look better", str, ("avg", "max")),
+    Option("pooling", None, "of VGG (default: avg, as the paper prefers)", str, ("avg", "max")),
     Option("seed", 0, "of random weights, of noise and of a generated content", natural),
     COMPUTING,
 )

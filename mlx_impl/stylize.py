@@ -48,7 +48,7 @@ def paint(
     style_weight: float = 1e3,
     variation_weight: float = 0.0,
     learning_rate: float = 0.02,
-    pooling: str = "avg",
+    pooling: str | None = None,
     seed: int = 0,
     dtype: str = "float32",
     on_step: Callable[[int, Losses], None] | None = None,
@@ -56,9 +56,9 @@ def paint(
     """The picture, of the content's proportions, and the weighted losses before each step.
 
     ``content`` and ``style`` are bytes (H, W, 3) of any size; both are reduced to a longer side of
-    ``size`` where they are larger. ``weights`` are those of :func:`make_extractor`. ``start`` is
-    "content" or "noise", even in [0, 1] and drawn with ``seed``. ``dtype``, "float32" or
-    "bfloat16", is what is multiplied in.
+    ``size`` where they are larger. ``weights`` and ``pooling`` are :func:`make_extractor`'s.
+    ``start`` is "content" or "noise", even in [0, 1] and drawn with ``seed``. ``dtype``, "float32"
+    or "bfloat16", is what is multiplied in.
 
     Raises ValueError: sizes, weights or a start that cannot be, and as :func:`make_extractor`.
     """
@@ -99,12 +99,22 @@ def paint(
     return to_pixels(np.array(image[0]) * 2 - 1), rows
 
 
-def make_extractor(weights: str, pooling: str, seed: int = 0) -> VGG | FeatureExtractor:
+def make_extractor(
+    weights: str, pooling: str | None = None, seed: int = 0
+) -> VGG | FeatureExtractor:
     """VGG with the weights of a file, with torchvision's ("vgg16", "vgg19"), or "random" ones.
 
-    "document" is no VGG but document 003's three convolutions, with random weights and its maximum
-    pooling. Raises as :func:`read_weights` and :func:`download_weights`.
+    Its ``pooling`` is "max" or "avg", which is the default: Gatys et al., section 2. "document" is
+    no VGG but document 003's three convolutions, with random weights and its maximum pooling.
+    Raises ValueError where a pooling is chosen for that, and as :func:`read_weights` and
+    :func:`download_weights`.
     """
+    if weights == "document" and pooling is not None:
+        raise ValueError(
+            f"pooling {pooling} was asked for, which only VGG lets you choose: the extractor of "
+            "document 003 takes the maximum; leave pooling out, or take other weights"
+        )
+    pooling = pooling or "avg"
     if weights in ("random", "document"):
         made: VGG | FeatureExtractor = FeatureExtractor()
         if weights == "random":

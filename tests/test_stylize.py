@@ -198,6 +198,10 @@ def test_bad_input(pictures, tmp_path, capsys):
     assert "there are no weights at no.pth" in message
     message = refused(capsys, content, style, *out, weights="vgg11")
     assert "none of vgg16, vgg19, random and document" in message
+    for pooling in ("avg", "max"):
+        message = refused(capsys, content, style, *out, "--pooling", pooling, weights="document")
+        assert f"pooling {pooling} was asked for, which only VGG lets you choose" in message
+        assert "leave pooling out, or take other weights" in message
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     message = refused(capsys, content, style, *out, weights=str(tmp_path / "broken.pth"))
     assert "broken.pth cannot be read, is it damaged? it is no file of tensors" in message
