@@ -179,13 +179,6 @@ class Objective:
 GATYS = Objective()
 """The layers of Gatys et al. section 3, w_l = 1/5, for features of the order of 1."""
 
-GATYS_CAFFE = Objective(
-    style={f"relu{b}_1": 1e3 / n**2 for b, n in enumerate((64, 128, 256, 512, 512), start=1)},
-    style_weight=1.0,
-)
-"""The same layers for weights that expect 0..255, whose features are far larger: 1000 over the
-square of a layer's channels, as the authors' own PyTorch code has it."""
-
 DOCUMENT_003 = Objective(content={"relu3_1": 1.0}, style={f"relu{b}_1": 1 / 3 for b in range(1, 4)})
 """Document 003's three layers."""
 
