@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import mlx_impl.train as training
 from mlx_impl import diffusion
 from mlx_impl.convolution import route
 from mlx_impl.images import read_image, write_png
+from mlx_impl.precision import autocast
 from mlx_impl.systems import SYSTEMS
 from tests.frameworks import assert_equal_but_for_rounding, compiles
 
@@ -325,19 +327,30 @@ def test_the_compiled_step_is_the_uncompiled_one(tmp_path, system):
 
 
 @pytest.mark.parametrize("system", ["dcgan", "diffusion", "autoencoder"])
-def test_training_in_bfloat16_keeps_float32_and_samples_in_either(tmp_path, capsys, system):
-    """Other losses than float32's, near them; a checkpoint that either reads."""
+def test_training_in_bfloat16_keeps_float32_and_samples_in_either(
+    tmp_path, capsys, monkeypatch, system
+):
+    """To the last bit the steps of autocast, which the ladder proves; either reads their end."""
     for dtype in ("float32", "bfloat16"):
         assert train(tmp_path / dtype, "--dtype", dtype, system=system) == 0
     assert "in bfloat16" in capsys.readouterr().err
     arrays = mx.load(str(tmp_path / "bfloat16" / "checkpoint" / "last.safetensors"))
     assert mx.bfloat16 not in {a.dtype for a in arrays.values()}
-    losses = []
-    for dtype in ("float32", "bfloat16"):
-        with (tmp_path / dtype / "losses.csv").open() as file:
-            losses.append([float(row[TINY[system].losses[0]]) for row in csv.DictReader(file)])
-    assert losses[0] != losses[1]
-    np.testing.assert_allclose(*losses, rtol=0.05)
+    entry = SYSTEMS[system]
+
+    def in_autocast(config: training.Settings) -> training.Training:
+        made = entry.build(config)
+        made.step = autocast()(made.step)
+        return made
+
+    monkeypatch.setitem(training.SYSTEMS, system, replace(entry, build=in_autocast))
+    assert train(tmp_path / "autocast", system=system) == 0
+    monkeypatch.undo()
+    single, half, autocasted = (
+        (tmp_path / name / "losses.csv").read_text() for name in ("float32", "bfloat16", "autocast")
+    )
+    assert single != half == autocasted
+    np.testing.assert_equal(weights(tmp_path / "bfloat16"), weights(tmp_path / "autocast"))
     drawn = []
     for dtype in ("float32", "bfloat16", None):
         config, restored = training.restore(training.Run(tmp_path / "bfloat16"), dtype)
