@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
-from mlx_parity.diagnose import Bench
+from mlx_parity.bench import Bench
 from mlx_parity.equality import ELEMENT_FLOOR, FLOOR
 from mlx_parity.localise import pairs
 
