@@ -14,8 +14,9 @@ from mlx_parity.case import System
 from mlx_parity.diagnose import diagnose, diagnose_functions, lint, of_compiled
 from mlx_parity.equality import Finding
 from mlx_parity.ladder import Climb, Rung
+from mlx_parity.layers import port_modules
 from mlx_parity.localise import localise
-from mlx_parity.pairing import Map, Pairs, port_modules
+from mlx_parity.pairing import Map, Pairs
 from mlx_parity.report import Report
 from mlx_parity.subject import Subject
 

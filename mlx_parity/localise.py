@@ -31,17 +31,9 @@ from mlx_parity.capture import (
 from mlx_parity.carry import flat, reference_tensors
 from mlx_parity.equality import Finding, compare
 from mlx_parity.ladder import Climb
+from mlx_parity.layers import port_layers, reference_layers
 from mlx_parity.layout import Layout, pair_leaves
-from mlx_parity.pairing import (
-    Map,
-    ModulePair,
-    Pairs,
-    Unpaired,
-    match_layers,
-    pair_modules,
-    port_layers,
-    reference_layers,
-)
+from mlx_parity.pairing import Map, ModulePair, Pairs, Unpaired, match_layers, pair_modules
 from mlx_parity.sides import MLXSide, TorchSide
 from mlx_parity.structure import is_floating, leaves, replace
 

@@ -1,16 +1,13 @@
 """Pair the modules of two trees that nobody named alike: by the user's map, by name, by structure.
 
-A *layer* is what holds tensors of its own. Most are modules; PyTorch's recurrent and attention
-modules hold several layers in one and are taken apart, because MLX has a module for each. Layers
-are paired first, since their tensors' shapes tell them apart: equal names, then equal shapes and
-alike names in alike order, then one against several (a fused projection and its parts). What
-contains them is paired by what it contains.
+Layers (``layers.py``) are paired first, since their tensors' shapes tell them apart: equal names,
+then equal shapes and alike names (``names.py``) in alike order, then one against several (a fused
+projection and its parts). What contains them is paired by what it contains.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,13 +19,14 @@ from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.errors import CarryError
+from mlx_parity.layers import Layer, plain_path, port_modules
+from mlx_parity.names import Name, alike, letters, overlap, words
 
 require_mlx()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as mnn  # noqa: E402
 
-Shape = tuple[int, ...]
 Map = Mapping[str, "str | Sequence[str] | None"]
 """Names of the reference (modules, whole branches, or tensors) to the port's; several where the
 port has split one, none where it has no such module."""
@@ -76,46 +74,6 @@ class Pairs(list[ModulePair]):
         self.unpaired = tuple(unpaired)
 
 
-@dataclass(frozen=True, eq=False)
-class Source:
-    """A tensor, or the rows ``start`` to ``stop`` of one."""
-
-    name: str
-    shape: Shape
-    rows: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """What holds tensors of its own: a module, a part of one, or a lone parameter."""
-
-    path: str
-    kind: str
-    tensors: Mapping[str, Source]
-    """By role: ``weight``, ``bias``, ``running_mean``, or the tensor's own name."""
-    module: Any
-    order: int
-    part: str = ""
-    """Within a recurrent or an attention module: ``l0_reverse``, ``q``."""
-
-    @property
-    def name(self) -> str:
-        return ".".join(p for p in (self.path, self.part) if p)
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        """Equal for layers whose tensors may stand for one another in some layout."""
-        family = self.kind if self.kind in ("lstm", "gru", "rnn") else ""
-        if family:
-            return (family, *sorted(s.shape for s in self.tensors.values() if len(s.shape) == 2))
-        return (family, *sorted(squeezed(s.shape) for s in self.tensors.values()))
-
-
-def squeezed(shape: Shape) -> Shape:
-    """The sizes above 1 in order of size: what every layout of a tensor has in common."""
-    return tuple(sorted(n for n in shape if n != 1))
-
-
 @dataclass(frozen=True)
 class Match:
     """Layers of the reference and of the port that hold the same tensors: one to one, or one to
@@ -135,301 +93,6 @@ class Matches:
     port_left: list[Layer] = field(default_factory=list)
 
 
-# ------------------------------------------------------------------------------ the two trees
-
-_KINDS: tuple[tuple[str, tuple[type, ...], tuple[type, ...]], ...] = (
-    ("linear", (tnn.Linear,), (mnn.Linear,)),
-    ("conv", (tnn.Conv1d, tnn.Conv2d, tnn.Conv3d), (mnn.Conv1d, mnn.Conv2d, mnn.Conv3d)),
-    (
-        "conv_transpose",
-        (tnn.ConvTranspose1d, tnn.ConvTranspose2d, tnn.ConvTranspose3d),
-        (mnn.ConvTranspose1d, mnn.ConvTranspose2d, mnn.ConvTranspose3d),
-    ),
-    ("embedding", (tnn.Embedding,), (mnn.Embedding,)),
-    (
-        "norm",
-        (
-            tnn.LayerNorm,
-            tnn.RMSNorm,
-            tnn.GroupNorm,
-            tnn.modules.batchnorm._NormBase,  # batch and instance norms of every rank
-        ),
-        (mnn.LayerNorm, mnn.RMSNorm, mnn.GroupNorm, mnn.BatchNorm, mnn.InstanceNorm),
-    ),
-    ("lstm", (tnn.LSTM,), (mnn.LSTM,)),
-    ("gru", (tnn.GRU,), (mnn.GRU,)),
-    ("rnn", (tnn.RNN,), (mnn.RNN,)),
-)
-
-
-def kind(module: Any) -> str:
-    """The family of a layer by its type, or "" for one of the user's own."""
-    for name, theirs, ours in _KINDS:
-        if isinstance(module, theirs + ours):
-            return name
-    return ""
-
-
-def port_modules(port: mnn.Module) -> dict[str, mnn.Module]:
-    """Every module of the port by path, once, in order of definition.
-
-    Also those that MLX itself does not see, being held in a tuple.
-    """
-    found: dict[str, mnn.Module] = {}
-    seen: set[int] = set()
-
-    def walk(value: Any, path: str) -> None:
-        if isinstance(value, mnn.Module):
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-            found[path] = value
-        if isinstance(value, dict):
-            items: Iterator[tuple[Any, Any]] = iter(value.items())
-        elif isinstance(value, list | tuple):
-            items = iter(enumerate(value))
-        else:
-            return
-        if not isinstance(value, mnn.Module):
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-        for key, child in items:
-            walk(child, f"{path}.{key}" if path else str(key))
-
-    walk(port, "")
-    return found
-
-
-def reference_layers(reference: tnn.Module, tensors: Mapping[str, Any]) -> list[Layer]:
-    """The reference's layers in order of definition. ``tensors`` are those to be carried."""
-    names = {id(t): n for n, t in reversed(list(tensors.items()))}  # a tied tensor's first name
-    layers: list[Layer] = []
-
-    def source(tensor: Any, rows: tuple[int, int] | None = None) -> Source:
-        shape = tuple(tensor.shape)
-        return Source(
-            names[id(tensor)], shape if rows is None else (rows[1] - rows[0], *shape[1:]), rows
-        )
-
-    def add(path: str, kind: str, roles: dict[str, Source], module: Any, part: str = "") -> None:
-        if roles:
-            layers.append(Layer(path, kind, roles, module, len(layers), part))
-
-    for path, module in reference.named_modules():
-        own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        own |= dict(module.named_buffers(recurse=False, remove_duplicate=False))
-        own = {n: t for n, t in own.items() if id(t) in names}
-        if isinstance(module, tnn.RNNBase):
-            for k in range(module.num_layers):
-                for way in ("", "_reverse") if module.bidirectional else ("",):
-                    part = f"l{k}{way}"
-                    roles = {
-                        n.removesuffix(f"_{part}"): source(t)
-                        for n, t in own.items()
-                        if n.endswith(f"_{part}")
-                    }
-                    add(path, _rnn_kind(module), roles, module, part)
-            continue
-        if isinstance(module, tnn.MultiheadAttention):
-            _attention(path, module, own, source, add)
-            continue
-        known = kind(module)
-        if known or (own and not list(module.children()) and "weight" in own):
-            add(path, known, {n: source(t) for n, t in own.items()}, module)
-        else:
-            for name, tensor in own.items():
-                add(path, "parameter", {name: source(tensor)}, module, name)
-    return layers
-
-
-def _rnn_kind(module: tnn.RNNBase) -> str:
-    return {"LSTM": "lstm", "GRU": "gru"}.get(module.mode, "rnn")
-
-
-def _attention(path: str, module: Any, own: dict[str, Any], source: Any, add: Any) -> None:
-    """Query, key and value of PyTorch's attention, fused or not, as three linear layers."""
-    size = module.embed_dim
-    for i, part in enumerate("qkv"):
-        rows = (i * size, (i + 1) * size)
-        roles = {}
-        if "in_proj_weight" in own:
-            roles["weight"] = source(own["in_proj_weight"], rows)
-        elif f"{part}_proj_weight" in own:
-            roles["weight"] = source(own[f"{part}_proj_weight"])
-        if "in_proj_bias" in own:
-            roles["bias"] = source(own["in_proj_bias"], rows)
-        add(path, "linear", roles, module, f"{part}_proj")
-    for name in ("bias_k", "bias_v"):
-        if name in own:
-            add(path, "parameter", {name: source(own[name])}, module, name)
-
-
-def port_layers(port: mnn.Module, arrays: Mapping[str, mx.array]) -> list[Layer]:
-    """The port's layers in order of definition. ``arrays`` are its parameters by name."""
-    modules = port_modules(port)
-    own: dict[str, dict[str, mx.array]] = defaultdict(dict)
-    for name, array in arrays.items():
-        owner = _owner(name, modules)
-        own[owner][name] = array
-    layers: list[Layer] = []
-    for path, module in modules.items():
-        held = own.get(path, {})
-        if not held:
-            continue
-        sources = {n: Source(n, tuple(a.shape)) for n, a in held.items()}
-        local = {n: n[len(path) + 1 :] if path else n for n in held}
-        known = kind(module)
-        if known or (not _has_children(module) and any(local[n] == "weight" for n in held)):
-            roles = {local[n]: s for n, s in sources.items()}
-            layers.append(Layer(path, known, roles, module, len(layers)))
-        else:
-            for n, s in sources.items():
-                layers.append(
-                    Layer(path, "parameter", {local[n]: s}, module, len(layers), local[n])
-                )
-    for name in set(own) - set(modules):  # shared modules under their second name
-        for n, a in own[name].items():
-            layers.append(
-                Layer(name, "parameter", {n: Source(n, tuple(a.shape))}, port, len(layers), n)
-            )
-    return layers
-
-
-def _has_children(module: mnn.Module) -> bool:
-    return len(port_modules(module)) > 1
-
-
-def _owner(name: str, modules: Mapping[str, Any]) -> str:
-    path = name
-    while path and path not in modules:
-        path = path.rpartition(".")[0]
-    return path
-
-
-# ------------------------------------------------------------------------------------- names
-
-_ALIKE = {
-    "query": "q",
-    "key": "k",
-    "keys": "k",
-    "value": "v",
-    "values": "v",
-    "queries": "q",
-    "wq": "q",
-    "wk": "k",
-    "wv": "v",
-    "wo": "o",
-    "output": "o",
-    "out": "o",
-    "dense": "linear",
-    "lin": "linear",
-    "fc": "linear",
-    "proj": "linear",
-    "projection": "linear",
-    "head": "head",
-    "classifier": "head",
-    "ln": "norm",
-    "layernorm": "norm",
-    "rmsnorm": "norm",
-    "bn": "norm",
-    "gn": "norm",
-    "norms": "norm",
-    "conv": "conv",
-    "embed": "embedding",
-    "embeddings": "embedding",
-    "emb": "embedding",
-    "wte": "embedding",
-    "tok": "token",
-    "tokens": "token",
-    "word": "token",
-    "wpe": "position",
-    "pos": "position",
-    "positional": "position",
-    "attention": "attn",
-    "ffn": "mlp",
-    "feedforward": "mlp",
-    "feed": "mlp",
-    "forward": "mlp",
-    "h": "block",
-    "layer": "block",
-    "layers": "block",
-    "blocks": "block",
-    "stage": "block",
-    "stages": "block",
-    "downsample": "shortcut",
-    "skip": "shortcut",
-    "residual": "shortcut",
-    "gamma": "weight",
-    "beta": "bias",
-    "scale": "weight",
-    "shift": "bias",
-}
-"""Words that porters use for one another."""
-
-
-def words(path: str) -> list[str]:
-    """The words and numbers of a path: ``encoder.layers.3.ln_1`` has six."""
-    return [_ALIKE.get(w, w) for w in _spelled(path)]
-
-
-def _spelled(path: str) -> list[str]:
-    split = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", path)
-    return [w.lower() for w in split]
-
-
-def _letters(path: str) -> frozenset[str]:
-    """The projections that a name speaks of: ``qkv``, ``wkv`` and ``kv_proj`` of several."""
-    found = [_ALIKE.get(w, w) for w in _spelled(path.rpartition(".")[2])]
-    return frozenset(
-        letter
-        for word in found
-        for letter in ((word,) if len(word) == 1 else re.sub(r"^(w|to)(?=[qkv]+$)", "", word))
-        if letter in "qkvo" and (len(word) == 1 or re.fullmatch(r"(w|to)?[qkv]+", word))
-    )
-
-
-class _Name:
-    def __init__(self, layer: Layer):
-        every = words(layer.name)
-        self.numbers = [w for w in every if w.isdigit()]
-        self.words = frozenset(w for w in every if not w.isdigit())
-        last = [w for w in words(".".join(layer.name.split(".")[-2:])) if not w.isdigit()]
-        self.last = frozenset(last)
-        self.end = words(layer.name.rpartition(".")[2])
-        self.spelled = _spelled(layer.name.rpartition(".")[2])
-
-
-def _overlap(a: frozenset[str], b: frozenset[str]) -> float:
-    return len(a & b) / len(a | b) if a or b else 1.0
-
-
-def _alike(a: _Name, b: _Name) -> float:
-    """0 to 6: how much two names have in common."""
-    score = 1.5 * _overlap(a.words, b.words) + 1.5 * _overlap(a.last, b.last)
-    kin = sum(any(_kin(v, w) for w in b.spelled) for v in a.spelled)
-    shared = kin / max(len(a.spelled), len(b.spelled), 1)  # of two words for one, the same one
-    return score + (a.end == b.end) + (a.numbers == b.numbers) + shared
-
-
-def _kin(a: str, b: str) -> bool:
-    """Whether one word is the other, or short for it: ``res`` for ``residual``."""
-    few, many = sorted((a, b), key=len)
-    return few == many or (len(few) > 2 and many.startswith(few))
-
-
-def _plain(path: str, port: mnn.Module, modules: Mapping[str, mnn.Module]) -> str:
-    """A port's path without the ``layers`` that MLX's Sequential puts in."""
-    parts: list[str] = []
-    walked = ""
-    for part in path.split(".") if path else []:
-        inside_sequential = isinstance(modules.get(walked), mnn.Sequential) and part == "layers"
-        walked = f"{walked}.{part}" if walked else part
-        if not inside_sequential:
-            parts.append(part)
-    return ".".join(parts)
-
-
 # ---------------------------------------------------------------------------------- matching
 
 
@@ -438,7 +101,7 @@ def match_layers(
 ) -> Matches:
     """Match layers by the map, by name, by structure; then one to several; then what is lacking."""
     modules = port_modules(port)
-    plain = {layer: _plain(layer.name, port, modules) for layer in ours}
+    plain = {layer: plain_path(layer.name, port, modules) for layer in ours}
     left, free = list(theirs), list(ours)
     found: list[Match] = []
 
@@ -546,14 +209,14 @@ def _by_structure(
     for theirs, ours in groups.values():
         if not theirs or not ours or (even and len(theirs) != len(ours)):
             continue
-        names = [_Name(x) for x in theirs], [_Name(x) for x in ours]
+        names = [Name(x.name) for x in theirs], [Name(x.name) for x in ours]
         cost = np.empty((len(theirs), len(ours)))
         longest = max(len(theirs), len(ours))
         for i, a in enumerate(names[0]):
             for j, b in enumerate(names[1]):
                 kinds = {theirs[i].kind, ours[j].kind}
                 other_kind = len(kinds) == 2 and not kinds & {"", "parameter"}
-                cost[i, j] = abs(i - j) / longest * 2 - _alike(a, b) + 3 * other_kind
+                cost[i, j] = abs(i - j) / longest * 2 - alike(a, b) + 3 * other_kind
         for i, j in zip(*linear_sum_assignment(cost), strict=True):
             pairs.append((theirs[i], ours[j]))
     return pairs
@@ -583,14 +246,14 @@ def _by_parts(fused: list[Layer], parts: list[Layer]) -> list[tuple[Layer, list[
                 and set(p.tensors) == set(one.tensors)
             ):
                 siblings[p.path if p.part else p.path.rpartition(".")[0]].append(p)
-        name, letters = _Name(one), _letters(one.name)
+        name, spoken = Name(one.name), letters(one.name)
         for group in siblings.values():
             for several in _windows(group, weight.shape[0]):
-                same = name.numbers == _Name(several[0]).numbers
-                spoken = frozenset().union(*(_letters(p.name) for p in several))
-                alike = _overlap(letters, spoken) if letters or spoken else 0.5
-                score = _overlap(name.words, _Name(several[0]).words)
-                rank = (same, alike, score, -abs(one.order - several[0].order))
+                same = name.numbers == Name(several[0].name).numbers
+                theirs = frozenset().union(*(letters(p.name) for p in several))
+                agree = overlap(spoken, theirs) if spoken or theirs else 0.5
+                score = overlap(name.words, Name(several[0].name).words)
+                rank = (same, agree, score, -abs(one.order - several[0].order))
                 options.append((rank, one, several))
     found = []
     used: set[int] = set()
@@ -629,7 +292,7 @@ def pair_modules(
     mapping = mapping or {}
     theirs = dict(reference.named_modules())
     ours = port_modules(port)
-    plain = {_plain(path, port, ours): path for path in ours}
+    plain = {plain_path(path, port, ours): path for path in ours}
     pairs: dict[tuple[str, str], ModulePair] = {}
 
     def add(a: str, b: str, how: str, part: tuple[int, int] | None = None) -> None:
@@ -709,7 +372,7 @@ def _nested(a_paths: list[str], b_paths: list[str]) -> list[tuple[str, str]]:
         own = frozenset(words(path.rpartition(".")[2]))
         best = max(
             range(start, last + 1),
-            key=lambda j: _overlap(own, frozenset(words(many[j].rpartition(".")[2]))),
+            key=lambda j: overlap(own, frozenset(words(many[j].rpartition(".")[2]))),
         )
         chosen.append((path, many[best]))
         start = best + 1

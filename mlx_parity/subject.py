@@ -19,8 +19,9 @@ from mlx_parity._backend import require_mlx
 from mlx_parity.carry import flat, reference_tensors
 from mlx_parity.case import Precision
 from mlx_parity.errors import CarryError, ParityError, SideError
+from mlx_parity.layers import plain_path, port_modules
 from mlx_parity.localise import pairs
-from mlx_parity.pairing import Map, Pairs, _plain, port_modules
+from mlx_parity.pairing import Map, Pairs
 from mlx_parity.report import Report
 from mlx_parity.sides import MLX_DTYPES
 from mlx_parity.structure import copy_port
@@ -313,7 +314,7 @@ def _check_map(map: Map, reference: tnn.Module, port: mnn.Module) -> None:
     for name in flat(port.parameters()):
         parts = name.split(".")
         ours |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-    ours |= {_plain(path, port, port_modules(port)) for path in ours}
+    ours |= {plain_path(path, port, port_modules(port)) for path in ours}
     for name, target in map.items():
         if name not in theirs:
             raise CarryError(f"map: the reference has nothing called {name!r}{_near(name, theirs)}")

@@ -16,8 +16,8 @@ from mlx_parity.arguments import plain
 from mlx_parity.capture import port_calls, reference_calls
 from mlx_parity.carry import channels_first, channels_last
 from mlx_parity.errors import ParityError, SideError
+from mlx_parity.layers import port_modules
 from mlx_parity.layout import distance
-from mlx_parity.pairing import port_modules
 from mlx_parity.structure import is_floating, leaves
 from mlx_parity.subject import Subject
 

@@ -31,18 +31,8 @@ from mlx_parity.carry import (
     reference_tensors,
 )
 from mlx_parity.errors import CarryError
-from mlx_parity.pairing import (
-    Layer,
-    Map,
-    Match,
-    Pairs,
-    Source,
-    match_layers,
-    pair_modules,
-    port_layers,
-    reference_layers,
-    squeezed,
-)
+from mlx_parity.layers import Layer, Source, port_layers, reference_layers, squeezed
+from mlx_parity.pairing import Map, Match, Pairs, match_layers, pair_modules
 
 require_mlx()
 

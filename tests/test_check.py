@@ -14,7 +14,7 @@ from torch import nn as tnn
 
 import mlx_parity
 from mlx_parity import NotProven, check
-from mlx_parity.pairing import port_modules
+from mlx_parity.layers import port_modules
 from tests.foreign import resnet
 
 X = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
