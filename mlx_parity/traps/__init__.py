@@ -12,7 +12,8 @@ from mlx_parity.traps import optimizers as _optimizers  # isort: skip
 from mlx_parity.traps import norms as _norms  # isort: skip
 from mlx_parity.traps import losses as _losses  # isort: skip
 from mlx_parity.traps import layout_state as _layout_state  # isort: skip
-from mlx_parity.traps import layers_ops as _layers_ops  # isort: skip
+from mlx_parity.traps import layers as _layers  # isort: skip
+from mlx_parity.traps import operations as _operations  # isort: skip
 from mlx_parity.traps import arrangement as _arrangement  # isort: skip
 from mlx_parity.traps import compile as _compile  # isort: skip
 from mlx_parity.traps.trap import CATALOGUE, NOISY, Outcome, Trap, held
@@ -22,7 +23,8 @@ FAMILIES = {
     _norms.__name__.rpartition(".")[2]: "Normalisation",
     _losses.__name__.rpartition(".")[2]: "Losses",
     _layout_state.__name__.rpartition(".")[2]: "Layout, weights, state",
-    _layers_ops.__name__.rpartition(".")[2]: "Layers and operations",
+    _layers.__name__.rpartition(".")[2]: "Layers",
+    _operations.__name__.rpartition(".")[2]: "Operations, gradients, number types",
     _arrangement.__name__.rpartition(".")[2]: "Positions, orders, and which tensor is read",
     _compile.__name__.rpartition(".")[2]: "mx.compile",
 }
