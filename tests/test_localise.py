@@ -14,7 +14,7 @@ from torch import nn as tnn
 import mlx_parity
 from mlx_parity import Report, pairs
 from mlx_parity.capture import port_calls
-from mlx_parity.pairing import port_modules
+from mlx_parity.layers import port_modules
 from tests.foreign import encoder, language, lstm, resnet
 
 rng = np.random.default_rng(0)
