@@ -21,6 +21,7 @@ from torch import nn as tnn
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import Plan, channels_first, channels_last, flat, match
 from mlx_parity.counterfactual import Alternative
+from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Tensors, compare, jitter
 from mlx_parity.errors import CarryError
 from mlx_parity.localise import Called
@@ -109,7 +110,9 @@ class Bench:
         self.ported = [self.run_port(p) for p in self.points]
         self.rounding = []
         for p in self.points[::2]:
-            right, usual = self.run(self.oracle, p), self.run(self.usual, p)
+            right = self.run(self.oracle, p)
+            with OfMLX():
+                usual = self.run(self.usual, p)
             self.rounding.append({k: usual[k] - right[k] for k in right})
 
     def _flat(self, inputs: Any, kwargs: Any) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ isolated     each module of the port is fed the reference's own inputs, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from mlx_parity.capture import (
     numpy_of,
 )
 from mlx_parity.carry import flat, reference_tensors
+from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Finding, compare
 from mlx_parity.ladder import Climb
 from mlx_parity.layers import port_layers, reference_layers
@@ -512,9 +514,12 @@ def _judge_isolated(
     def reference(side: TorchSide) -> Callable[[Mapping[str, np.ndarray]], Results]:
         def evaluate(point: Mapping[str, np.ndarray]) -> Results:
             side.load(point)
-            return each(
-                lambda u: u.reference(side, calls["now"][session.name("reference", u.k), 0], point)
-            )
+            with OfMLX() if side is climb.usual else nullcontext():
+                return each(
+                    lambda u: u.reference(
+                        side, calls["now"][session.name("reference", u.k), 0], point
+                    )
+                )
 
         return evaluate
 

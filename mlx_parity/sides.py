@@ -28,6 +28,7 @@ from mlx_parity.carry import (
     reference_tensors,
 )
 from mlx_parity.case import Case, Loss, Precision, Shape, System
+from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Tensors
 from mlx_parity.errors import NoGradient, ParityError, SideError
 
@@ -82,9 +83,11 @@ class TorchSide:
 
     @classmethod
     def usual(cls, case: Case, shape: Shape) -> TorchSide:
-        """The yardstick: PyTorch in the precision of the port."""
+        """The yardstick: PyTorch in the precision of the port, with MLX's ``erf``."""
         autocast = TORCH_DTYPES[case.dtype] if case.dtype != case.held else None
-        return cls(case, shape, TORCH_DTYPES[case.held], autocast)
+        side = cls(case, shape, TORCH_DTYPES[case.held], autocast)
+        side.system = _within(side.system, OfMLX())
+        return side
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer as ``module.tensor``."""
