@@ -275,9 +275,10 @@ class Climb:
         rungs = {r.name: r for r in self._split(train(steps), ("update", "trajectory"))}
         if "update" not in rungs:  # a later step gave NaN, and the first stands for itself
             rungs["update"] = self._split(train(1), ("update",))[0]
-        step, trajectory = replace(rungs["update"], name="optimizer step"), rungs["trajectory"]
-        if not step.ok:
+        step = replace(rungs["update"], name="optimizer step")
+        if not step.ok:  # there may be no trajectory to tell of
             return [step]
+        trajectory = rungs["trajectory"]
         seen = [
             max((f.visible for f in trajectory.findings if f.tensor.endswith(f" {i}")), default=1.0)
             for i in range(steps)

@@ -50,6 +50,7 @@ def test_a_correct_port_raises_no_alarm(name: str):
         ("MLP", "a frozen layer"),
         ("MLP", "layers in a tuple"),
         ("optimizers: SGD", "momentum 0.901"),
+        ("optimizers: Adam", "SGD"),
         ("losses", "summed"),
         ("DCGAN", "evaluation mode"),
         ("embedding, tied", "positions from 1"),
