@@ -41,7 +41,10 @@ decides: different above the bound.
 Half precision.  The yardstick is PyTorch in the same precision, and the points lie further apart,
 or all would round alike (:func:`spacing`). Noise is a verdict there: what a sum is kept in is part
 of what a mixed-precision model means, and keeping it in half is an error that averages out. A port
-is rough where its errors outrank ``ROUGH`` times PyTorch's (:func:`rougher`).
+is rough where its errors outrank ``ROUGH`` times PyTorch's (:func:`rougher`). Where the value is
+nothing beside the errors, as the gradient of an attention's key bias is, they are what is left of
+larger terms that cancel, in one library to the last digit and in the other by chance; there the
+errors of the nearest tensors that are something are the measure (:func:`_scales`).
 
 Cost.  Eight points decide nearly every tensor. Those that look suspicious are drawn afresh at 32
 and again at 128 points, and only there can they be called different.
@@ -282,6 +285,7 @@ def _judge(
     floor: float,
     alpha: float,
     rough: float | None,
+    scale: float,
 ) -> Finding:
     count, root = sums.count, math.sqrt(sums.count)
     mean = sums.port / count
@@ -312,7 +316,7 @@ def _judge(
 
     verdict: Literal["equal", "different", "rough"] = "different" if different else "equal"
     if rough is not None and not different:
-        least = float(np.linalg.norm(ulp)) / 12**0.5
+        least = max(float(np.linalg.norm(ulp)) / 12**0.5, scale * math.sqrt(sums.size))
         limits = [rough * max(error, least) for error in sums.errors_ref]
         if rougher(sums.errors, limits, alpha):
             verdict = "rough"
@@ -333,6 +337,40 @@ def _judge(
     )
 
 
+Place = Callable[[str], tuple[str, ...]]
+"""Where a tensor stands, by its name: its kind, then modules from the outermost, and its own name.
+Tensors are the nearer the more of this they share; of different kinds they are strangers."""
+
+
+def _scales(sums: Mapping[str, _Sums], place: Place) -> dict[str, float]:
+    """For each tensor that is nothing beside its errors: PyTorch's error, per element, of its kin.
+
+    Rounding errs by a share of what is rounded. An error a million times the value stems from terms
+    as large, which cancel; a layer's weight, whose gradient is a sum of the same terms, shows what
+    rounding makes of them. Kin are the nearest that are something.
+    """
+
+    def nothing(moments: _Sums) -> bool:
+        value = math.sqrt(float(moments.value2.sum()) / moments.count)
+        return value <= NOTHING * max(*moments.errors, *moments.errors_ref)
+
+    null = {n for n, moments in sums.items() if nothing(moments)}
+    errors = {
+        n: float(np.median(moments.errors_ref)) / math.sqrt(moments.size)
+        for n, moments in sums.items()
+        if n not in null
+    }
+    found: dict[str, float] = {}
+    for name in null:
+        path = place(name)
+        for shared in range(len(path) - 1, 0, -1):
+            kin = [e for n, e in errors.items() if place(n)[:shared] == path[:shared]]
+            if kin:
+                found[name] = math.sqrt(math.fsum(e * e for e in kin) / len(kin))
+                break
+    return found
+
+
 def _relative(size: float, value: float) -> float:
     """``size`` relative to ``value``; 0 where the oracle is zero and all would show."""
     return size / value if value > 0 else 0.0
@@ -348,6 +386,7 @@ def compare(
     alpha: float = ALPHA,
     floor: float = FLOOR,
     rough: float | None = None,
+    place: Place = lambda name: (name,),
     enough: Callable[[Finding], bool] = lambda finding: False,
     narrow: Callable[[set[str]], None] = lambda pending: None,
 ) -> list[Finding]:
@@ -355,12 +394,14 @@ def compare(
 
     ``oracle`` is the reference in float64, ``reference`` the same in the port's precision (it only
     measures how much rounding is usual). All three map a point to named tensors of equal names and
-    shapes. With ``rough``, errors that many times as large as ``reference``'s are a verdict too.
+    shapes. With ``rough``, errors that many times as large as ``reference``'s are a verdict too, or
+    as those of the tensor's kin by ``place`` where its value is nothing.
     Raises ``ValueError`` where the oracle itself is not finite: then the point is no test.
     """
     stages = tuple(stages)
     findings: dict[str, Finding] = {}
     pending: set[str] | None = None  # None: every tensor
+    scales: dict[str, float] = {}
     for stage, points in enumerate(stages):
         last = stage == len(stages) - 1
         sums: dict[str, _Sums] = {}
@@ -376,6 +417,8 @@ def compare(
                     sums[name] = _Sums(right[name])
                 sums[name].add(right[name], ported[name], usual.get(name))
             del right, ported, usual  # before the next ones are made
+        if pending is None and rough is not None:
+            scales = _scales(sums, place)
         pending = set()
         for name, moments in sums.items():
             if last:
@@ -387,7 +430,8 @@ def compare(
                 t_bound = float(stats.t.isf(SCREEN / 2, points - 1))
                 element_bound = float(stats.t.isf(SCREEN / 2 / moments.port.size, points - 1))
             level = alpha if last else SCREEN_ROUGH
-            finding = _judge(name, moments, t_bound, element_bound, floor, level, rough)
+            scale = scales.get(name, 0.0)
+            finding = _judge(name, moments, t_bound, element_bound, floor, level, rough, scale)
             findings[name] = finding
             sure = finding.verdict == "different" and finding.bias >= BEYOND_DOUBT * finding.bound
             if not finding.ok and not sure:

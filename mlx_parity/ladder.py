@@ -372,7 +372,7 @@ class Climb:
             return {k: a for k, a in results.items() if not self.ignored & _names_in(k)}
 
         if self.case.dtype != "float32":
-            options = {"rough": ROUGH, **options}
+            options = {"rough": ROUGH, "place": _place, **options}
         return compare(
             lambda p: known(oracle(p)), lambda p: known(usual(p)), port, self.near, **options
         )
@@ -401,6 +401,14 @@ class Climb:
 def _names_in(key: str) -> set[str]:
     """The tensors that a result's name may mean: ``gradients loss/net.weight`` has one."""
     return {part.rpartition("/")[2] for part in key.split(" ")}
+
+
+def _place(key: str) -> tuple[str, ...]:
+    """Kind, modules and name: ``gradients loss/net.k.bias``, ``update net.k.bias exp_avg``."""
+    kind, _, rest = key.partition(" ")
+    loss, _, rest = rest.rpartition("/")
+    tensor, _, moment = rest.partition(" ")
+    return (f"{kind} {loss} {moment}", *tensor.split("."))
 
 
 def _unequal(a: Results, b: Results) -> list[str]:

@@ -25,7 +25,7 @@ from mlx_impl.precision import autocast, mixed, raised
 from mlx_impl.training import compile_step
 from mlx_parity import Case, Loss, System, check, climb, compare, jitter
 from mlx_parity.equality import EPS, ROUGH, rougher, spacing
-from mlx_parity.ladder import Climb, Rung
+from mlx_parity.ladder import Climb, Rung, _place
 from mlx_parity.sides import in_precision
 from tests.cases.mlp_gan import mlp_gan_case
 from tests.cases.precision import CASES, in_bfloat16
@@ -234,6 +234,115 @@ def test_a_rough_port_is_called_so_and_an_unbiased_one_is_not_different(size: in
     assert verdict("bfloat16", rough=ROUGH if size > 1 else 0.5) == "rough"
     assert verdict("float16", rough=ROUGH) == "equal"
     assert verdict("bfloat16") == "equal"  # in single precision noise is no verdict
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "verdicts"),
+    [
+        (1, 1, ("equal", "equal")),
+        (1, 20, ("equal", "equal")),  # 20 times PyTorch's own, twice what the weight's comes to
+        (1, 200, ("equal", "rough")),
+        (20, 1, ("rough", "equal")),
+        (20, 200, ("rough", "rough")),
+    ],
+)
+@pytest.mark.parametrize("exact", [0.0, 1e-17, 1e-4], ids=["never errs", "in float64", "errs"])
+def test_a_null_direction_is_measured_by_the_errors_beside_it(
+    weight: float, bias: float, verdicts: tuple[str, str], exact: float
+):
+    """PyTorch may err not at all in a gradient that is zero, and a port by 20 times as much."""
+    rng = np.random.default_rng(0)
+    value = rng.standard_normal((6, 4))
+
+    def side(weight: float, bias: float) -> Callable:
+        return lambda p: {
+            "gradients l/net.other.bias": np.ones(3),
+            "gradients l/net.k.weight": value + 1e-3 * weight * rng.standard_normal((6, 4)),
+            "gradients l/net.k.bias": bias * rng.standard_normal(6),
+        }
+
+    def verdict(**options: Any) -> tuple[str, ...]:
+        sides = side(0, 1e-17), side(1, exact), side(weight, 1e-4 * bias)
+        found = compare(*sides, dict, rough=ROUGH, **options)
+        return tuple(f.verdict for f in found[1:])
+
+    assert verdict(place=_place) == verdicts
+    if (weight, bias) == (1, 20):
+        assert verdict() == ("equal", "rough")  # measured by itself
+
+
+def test_kin_are_nearest_first_and_of_one_kind():
+    assert _place("gradients loss/net.k.bias") == ("gradients loss ", "net", "k", "bias")
+    assert _place("update net.k.bias exp_avg") == ("update  exp_avg", "net", "k", "bias")
+    assert _place("forward y") == ("forward  ", "y")
+    assert _place("gradients loss/x")[0] == _place("gradients loss/net.k.bias")[0]
+    assert _place("gradients other/x")[0] != _place("gradients loss/x")[0]
+
+
+class TorchAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.q(x) @ self.k(x).mT / 6**0.5, -1) @ self.v(x)
+
+
+class Attention(nn.Module):
+    """In bfloat16. Its softmax is written out, so that its derivatives cancel but for rounding."""
+
+    def __init__(self, coarse: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+        self.coarse = coarse
+
+    def __call__(self, x: mx.array) -> mx.array:
+        q, k, v = (
+            x.astype(BF16) @ layer.weight.astype(BF16).T + layer.bias.astype(BF16)
+            for layer in (self.q, self.k, self.v)
+        )
+        if self.coarse:  # four bits, rounded up or down by chance: no bias
+            v = v * mx.random.uniform(1 - 2**-4, 1 + 2**-4, v.shape).astype(BF16)
+        weights = mx.exp(q @ k.swapaxes(1, 2) / 6**0.5)
+        return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def attention_case(coarse: bool) -> Case:
+    def build(make: Callable, shape: Any) -> System:
+        net = make()
+
+        def loss(x: Any, cotangent: Any) -> Any:
+            return (net(x) * cotangent).sum()
+
+        return System({"net": net}, lambda x, cotangent: {"y": net(x)}, {"l": Loss(loss, ("net",))})
+
+    def inputs(shape: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        size = (8, shape["positions"], 6)
+        return {"x": rng.standard_normal(size), "cotangent": rng.standard_normal(size)}
+
+    return Case(
+        name="attention",
+        shapes=None,  # type: ignore[arg-type]
+        build=build,
+        reference=TorchAttention,
+        port=partial(Attention, coarse),
+        inputs=inputs,
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize("positions", [1, 2, 7])
+def test_an_attentions_null_directions_are_not_rough(positions: int):
+    """The key's bias moves all scores alike; of one position, nothing moves the only weight."""
+    case = attention_case(coarse=False)
+    assert below_training(case, {"positions": positions}) == {}
+
+
+@pytest.mark.parametrize("positions", [1, 7])
+def test_an_attention_in_too_low_a_precision_is_rough(positions: int):
+    mx.random.seed(0)
+    found = below_training(attention_case(coarse=True), {"positions": positions})
+    assert found["forward y"] == "rough"
 
 
 @pytest.mark.parametrize("name", ["002 GAN", "004 diffusion"])
