@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl.gan import train_step
-from mlx_impl.layers import Conv2d, ConvTranspose2d, Linear
+from mlx_impl.layers import Conv2d, ConvTranspose2d, Linear, relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
 
@@ -51,9 +51,9 @@ class Generator(nn.Module):
         self.deconv2 = ConvTranspose2d(width, channels, 4, stride=2, padding=1)
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = nn.relu(self.fc(z))
+        x = relu(self.fc(z))
         x = x.reshape(-1, *self.map_shape)  # (B, H / 4, W / 4, 2 * width)
-        x = nn.relu(self.deconv1(x))  # (B, H / 2, W / 2, width)
+        x = relu(self.deconv1(x))  # (B, H / 2, W / 2, width)
         return mx.tanh(self.deconv2(x))  # (B, H, W, C)
 
 
@@ -76,8 +76,8 @@ class Discriminator(nn.Module):
         self.fc = Linear(h * w * 2 * width, 1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = nn.relu(self.conv1(x))  # (B, H / 2, W / 2, width)
-        x = nn.relu(self.conv2(x))  # (B, H / 4, W / 4, 2 * width)
+        x = relu(self.conv1(x))  # (B, H / 2, W / 2, width)
+        x = relu(self.conv2(x))  # (B, H / 4, W / 4, 2 * width)
         return self.fc(x.flatten(1))
 
 

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_impl.gan import train_step
-from mlx_impl.layers import BatchNorm, Conv2d, ConvTranspose2d, leaky_relu
+from mlx_impl.layers import BatchNorm, Conv2d, ConvTranspose2d, leaky_relu, relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
 
@@ -63,7 +63,7 @@ class Generator(nn.Module):
     def __call__(self, z: mx.array) -> mx.array:
         x = self.project(z[:, None, None, :])  # (B, H / 2^s, W / 2^s, width * 2^(stages - 1))
         for norm, deconv in zip(self.norms, self.deconvs, strict=True):
-            x = deconv(nn.relu(norm(x)))  # half the channels, twice the height and width
+            x = deconv(relu(norm(x)))  # half the channels, twice the height and width
         return mx.tanh(x)  # (B, H, W, C)
 
 

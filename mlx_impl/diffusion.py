@@ -30,7 +30,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_impl.layers import Conv2d, Linear
+from mlx_impl.layers import Conv2d, Linear, relu
 from mlx_impl.optimizers import Adam
 from mlx_impl.precision import raised
 
@@ -458,7 +458,7 @@ class Denoiser(nn.Module):
 
     def __call__(self, x: mx.array, timesteps: mx.array) -> mx.array:
         t = self.fc(sinusoidal_embedding(timesteps, self.embedding_dim, x.dtype))  # (B, width)
-        x = nn.relu(self.conv1(x) + t[:, None, None, :])  # (B, H, W, width)
+        x = relu(self.conv1(x) + t[:, None, None, :])  # (B, H, W, width)
         return self.conv2(x)
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_impl.gan import train_step
-from mlx_impl.layers import Linear, leaky_relu
+from mlx_impl.layers import Linear, leaky_relu, relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
 from mlx_impl.optimizers import Adam
 
@@ -52,9 +52,9 @@ class Generator(nn.Module):
         self.fc4 = Linear(widths[2], math.prod(self.image_shape))
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = nn.relu(self.fc1(z))
-        x = nn.relu(self.fc2(x))
-        x = nn.relu(self.fc3(x))
+        x = relu(self.fc1(z))
+        x = relu(self.fc2(x))
+        x = relu(self.fc3(x))
         x = mx.tanh(self.fc4(x))
         return x.reshape(-1, *self.image_shape)  # (B, H, W, C)
 

@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from mlx_impl.layers import Conv2d, Linear
+from mlx_impl.layers import Conv2d, Linear, relu
 from mlx_impl.optimizers import Adam
 from mlx_impl.precision import lowered, raised, single_on_cpu
 from mlx_impl.training import compile_step
@@ -118,9 +118,9 @@ class FeatureExtractor(nn.Module):
 
     def __call__(self, images: mx.array) -> dict[str, mx.array]:
         _check_images(images, at_least=4)
-        relu1_1 = nn.relu(self.conv1_1(images))
-        relu2_1 = nn.relu(self.conv2_1(max_pool(relu1_1)))
-        relu3_1 = nn.relu(self.conv3_1(max_pool(relu2_1)))
+        relu1_1 = relu(self.conv1_1(images))
+        relu2_1 = relu(self.conv2_1(max_pool(relu1_1)))
+        relu3_1 = relu(self.conv3_1(max_pool(relu2_1)))
         return {"relu1_1": relu1_1, "relu2_1": relu2_1, "relu3_1": relu3_1}
 
 
@@ -139,7 +139,7 @@ class ImageGenerator(nn.Module):
         self.fc_out = Linear(width, image_size[0] * image_size[1] * 3)
 
     def __call__(self, z: mx.array) -> mx.array:
-        x = mx.tanh(self.fc_out(nn.relu(self.fc(z))))
+        x = mx.tanh(self.fc_out(relu(self.fc(z))))
         return x.reshape(-1, *self.image_shape)
 
 

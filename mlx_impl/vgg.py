@@ -18,7 +18,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_impl.layers import Conv2d
+from mlx_impl.layers import Conv2d, relu
 
 BLOCKS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 """Convolutions in each block."""
@@ -156,7 +156,7 @@ class VGG(nn.Module):
                 x = max_pool(x) if self.pooling == "max" else nn.AvgPool2d(2)(x)
             x = getattr(self, name)(x)  # (B, H / 2^(block - 1), W / 2^(block - 1), C)
             found[name] = x
-            x = nn.relu(x)
+            x = relu(x)
             found[name.replace("conv", "relu")] = x
             if name == self.deepest:
                 break
