@@ -7,6 +7,7 @@ of the machine meets all of them. Ratios are of neighbours in time. Every round 
 evaluated state.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -73,9 +74,13 @@ class Ring:
                 self.contenders[arm] = self.get(subject, original).without_waiting()
             else:
                 self.contenders[arm] = self.get(subject, original)
+            # Or Python's collector would walk two frameworks and pytest within some of the steps.
+            gc.collect()
+            gc.freeze()
         return self.contenders[arm]
 
     def leave(self) -> None:
+        gc.unfreeze()
         self.contenders: dict[str, Contender] = {}
         mx.clear_cache()
 

@@ -1,5 +1,6 @@
 """The layers that are not convolutions: MLX's own numbers, and where MLX's are wrong."""
 
+import math
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mlx_impl import convolution, layers
 from tests.frameworks import assert_layers_alike
 
+EPS = float(np.finfo(np.float32).eps)
 ON_CUDA = convolution.backend() == "cuda"
 
 
@@ -34,6 +36,44 @@ def test_group_norm_is_mlxs_by_both_formulas(batch, groups, each, sizes, backend
             layers.GroupNorm(groups, dims, 1e-3, affine),
             x,
         )
+
+
+@given(
+    st.integers(2, 5),
+    st.integers(1, 4),
+    st.sampled_from([(), (1,), (3,), (2, 3)]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_batch_norm_is_mlxs(batch, dims, sizes, affine, track, training):
+    settings = {"eps": 1e-3, "momentum": 0.3, "affine": affine, "track_running_stats": track}
+    plain, ours = nn.BatchNorm(dims, **settings), layers.BatchNorm(dims, **settings)
+    x = np.random.default_rng(0).normal(1, 2, (batch, *sizes, dims)).astype(np.float32)
+    for norm in (plain, ours):
+        norm(mx.array(x))  # statistics that are not 0 and 1
+        norm.train(training)
+    if track:
+        for name in ("running_mean", "running_var"):
+            assert mx.allclose(ours[name], plain[name], rtol=4 * EPS, atol=4 * EPS), name
+    assert_layers_alike(plain, ours, x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((3,), "2 to 4"), ((1, 3), "more than one value per channel")]
+)
+def test_batch_norm_says_what_it_cannot_take(shape, message):
+    with pytest.raises(ValueError, match=message):
+        layers.BatchNorm(3)(mx.zeros(shape))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_relu_is_mlxs_at_the_kink_and_beyond(compiled):
+    x = mx.array([[-math.inf, -1.0, -0.0, 0.0, 1e-45, 2.0, math.inf, math.nan]]).T  # a column
+    for f in (lambda relu: relu, lambda relu: mx.grad(lambda x: (relu(x.T + 0) * x.T).sum())):
+        ours, theirs = f(layers.relu), f(nn.relu)
+        found = mx.compile(ours)(x) if compiled else ours(x)
+        assert mx.array_equal(found, theirs(x), equal_nan=True)
 
 
 def gradient_of_the_fused_norm(size: int, stream: mx.Device | None = None) -> mx.array:
