@@ -12,6 +12,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from queue import Empty
@@ -46,7 +47,7 @@ def climb(name: str, examples: int, share: int, device: str, ticks: Any) -> tupl
     proof = prove(case, examples, seed=fixed, progress=lambda: ticks.put(name))
     taken = sum(os.times()[:4]) - start
     named: Any = _Named(case.name, case.side)
-    return Proof(named, proof.rows, proof.drawn), taken
+    return replace(proof, case=named), taken
 
 
 class _Named:
