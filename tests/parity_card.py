@@ -105,22 +105,25 @@ def main(argv: list[str] | None = None) -> int:
         waiting = set(futures)
         ended = ""
         try:
-            while waiting:
+            while waiting and not ended:
                 try:
                     progress.advance(bars[ticks.get(timeout=0.2)])
                 except Empty:
                     for future in [f for f in waiting if f.done()]:
-                        (proof, taken), name = future.result(), futures[future]
+                        if isinstance(
+                            future.exception(), BrokenProcessPool
+                        ):  # as are all behind it
+                            ended = "A climb's process died"
+                            continue
                         waiting.remove(future)
+                        (proof, taken), name = future.result(), futures[future]
                         seconds[name] += taken
                         if name in proofs:
                             proofs[name].merge(proof)
                         else:
                             proofs[name] = proof
-        except (KeyboardInterrupt, BrokenProcessPool) as why:
-            ended = (
-                "Interrupted" if isinstance(why, KeyboardInterrupt) else "A climb's process died"
-            )
+        except KeyboardInterrupt:
+            ended = "Interrupted"
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is done gets shown
             pool.shutdown(wait=False, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - helpers:
