@@ -202,7 +202,7 @@ class _Sums:
         self.port = np.zeros(shape)
         self.port2 = np.zeros(shape)
         self.ref = np.zeros(shape)
-        self.ref2 = np.zeros(shape)
+        self.ref2 = 0.0
         self.own2 = np.zeros(shape)
         """What PyTorch's errors come to in a sum of their squares. In a sum with signs two that are
         the same at every point, as the rounding of a constant is, would seem to be no error."""
@@ -230,20 +230,27 @@ class _Sums:
             total[: x.size] += np.square(np.subtract(x, y, dtype=np.float64))
         return total
 
-    def add(self, oracle: np.ndarray, port: np.ndarray, reference: np.ndarray | None) -> None:
+    def add(self, oracle: np.ndarray, port: np.ndarray) -> None:
         d = self._difference(port, oracle)
         self.count += 1
         self.port += d
-        self.port2 += d * d
         self.errors.append(float(np.linalg.norm(d)))
+        self.port2 += d * d
         self.value2 += self._squares(oracle)
-        if reference is not None:
-            r = self._difference(reference, oracle)
-            self.count_ref += 1
-            self.ref += r
-            self.ref2 += r * r
-            self.errors_ref.append(float(np.linalg.norm(r)))
-            self.own2 += self._squares(reference, oracle)
+
+    def add_usual(self, oracle: np.ndarray, reference: np.ndarray) -> None:
+        r = self._difference(reference, oracle)
+        self.count_ref += 1
+        self.ref += r
+        error = float(np.linalg.norm(r))
+        self.ref2 += error * error
+        self.errors_ref.append(error)
+        self.own2 += self._squares(reference, oracle)
+
+    def spread_of_usual(self) -> float:
+        """The norm of PyTorch's standard deviation over the points."""
+        about_mean = self.ref2 - float(np.square(self.ref).sum()) / self.count_ref
+        return math.sqrt(max(about_mean, 0.0) / (self.count_ref - 1))
 
 
 def _rows(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -290,7 +297,6 @@ def _judge(
     count, root = sums.count, math.sqrt(sums.count)
     mean = sums.port / count
     spread = _spread(sums.port, sums.port2, count)
-    spread_ref = _spread(sums.ref, sums.ref2, sums.count_ref)
     value = np.sqrt(sums.value2 / count)
     ulp = np.spacing(value.astype(np.float32)).astype(np.float64)
     own = np.sqrt(
@@ -298,7 +304,7 @@ def _judge(
     )  # PyTorch's own float32 error, per element
 
     m, deviation, rounding, v = (float(np.linalg.norm(a)) for a in (mean, spread, own, value))
-    if v < NOTHING * math.sqrt(float(sums.ref2.sum()) / sums.count_ref):
+    if v < NOTHING * math.sqrt(sums.ref2 / sums.count_ref):
         v = 0.0  # nothing that a difference could be relative to
     bias = min(_ratio(m * root, deviation), t_bound * _ratio(m, floor * rounding))
     different = bias > t_bound
@@ -326,9 +332,7 @@ def _judge(
         verdict=verdict,
         bias=bias,
         bound=t_bound,
-        noise=_ratio(
-            deviation, max(float(np.linalg.norm(spread_ref)), float(np.linalg.norm(ulp)) / 12**0.5)
-        ),
+        noise=_ratio(deviation, max(sums.spread_of_usual(), float(np.linalg.norm(ulp)) / 12**0.5)),
         relative_error=_relative(math.sqrt(float(sums.port2.sum()) / count), v),
         visible=_relative(max(t_bound * deviation / root, floor * rounding), v),
         points=count,
@@ -407,16 +411,24 @@ def compare(
         sums: dict[str, _Sums] = {}
         for k in range(points):
             point = draw()
-            right, ported = oracle(point), port(point)
-            usual = reference(point) if k % 2 == 0 else {}  # a yardstick: half the points do
-            broken = _broken(right, ported)
+            right = oracle(point)
+            found = port(point)
+            broken = _broken(right, found)
             if broken:
                 return broken
-            for name in right if pending is None else pending:
+            judged = right if pending is None else pending
+            for name in judged:
                 if name not in sums:
                     sums[name] = _Sums(right[name])
-                sums[name].add(right[name], ported[name], usual.get(name))
-            del right, ported, usual  # before the next ones are made
+                sums[name].add(right[name], found[name])
+            del found  # a large model's results on three sides at once would be most of the memory
+            if k % 2 == 0:  # a yardstick: half the points do
+                found = reference(point)
+                for name in judged:
+                    if name in found:
+                        sums[name].add_usual(right[name], found[name])
+                del found
+            del right
         if pending is None and rough is not None:
             scales = _scales(sums, place)
         pending = set()

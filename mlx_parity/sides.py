@@ -172,6 +172,9 @@ class TorchSide:
                 found |= self._update(point)
         for name, tensor in self.tensors().items():
             found[f"trajectory {name}"] = _array(tensor)
+        for optimizer in optimizers.values():  # three copies of a model that waits for its turn
+            optimizer.state.clear()
+            optimizer.zero_grad()
         return found
 
     def _update(self, point: Tensors) -> Results:

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlx_parity.ladder import Climb
+from tests.cases.mlp_gan import mlp_gan_case
+
 ROOT = Path(__file__).parents[1]
+GAN = {"batch": 2, "latent_dim": 3, "widths": (4, 8, 16), "image_size": (4, 6), "channels": 2}
 
 START = """
 import os, resource, sys
@@ -76,3 +80,14 @@ mlx_parity.check(reference, port, x, compiled=False, localised=False).assert_ok(
 print(used()[1])
 """)
     assert check < 2 * step
+
+
+def test_a_side_that_waits_holds_no_gradients_and_no_moments():
+    """Of the oracle, in float64, they are six times the weights of a port trained with Adam."""
+    case = mlp_gan_case("002", (4, 8, 16))
+    climb = Climb(case, GAN, 0)
+    assert climb.structure()[0].ok
+    assert all(rung.ok for rung in climb.training(1))
+    for side in (climb.oracle, climb.usual):
+        assert all(p.grad is None for m in side.system.modules.values() for p in m.parameters())
+        assert not any(o.state for o in side.system.optimizers.values())
