@@ -106,9 +106,11 @@ def test_metal_capture(ring: Ring, subject: Subject, request: pytest.FixtureRequ
 
 
 @pytest.fixture(scope="session")
-def ring(request: pytest.FixtureRequest) -> Ring:
+def ring(request: pytest.FixtureRequest) -> Iterator[Ring]:
     option = request.config.getoption
-    return Ring(option("--data"), option("--batch-size"), effort(request.config).cpu_flops)
+    ring = Ring(option("--data"), option("--batch-size"), effort(request.config).cpu_flops)
+    yield ring
+    ring.leave()
 
 
 @pytest.fixture(scope="session")
