@@ -54,6 +54,7 @@ def row(rounds: Rounds, device: str, peak: float) -> dict[str, Any]:
         "ms_uncompiled": uncompiled,
         "ms_async": rounds.milliseconds("mlx-async"),
         "ms_torch_eager": rounds.milliseconds("torch-eager"),
+        "ms_torch_async": rounds.milliseconds("torch-async"),
         "ms_torch_compile": rounds.milliseconds("torch-compile"),
         "ms_bfloat16": rounds.milliseconds("mlx-bfloat16"),
         "ms_torch_bfloat16": rounds.milliseconds("torch-bfloat16"),
@@ -75,6 +76,7 @@ def row(rounds: Rounds, device: str, peak: float) -> dict[str, Any]:
     for name, arm, over in (
         ("compiled_over_uncompiled", "mlx-uncompiled", "mlx-compiled"),
         ("compiled_over_async", "mlx-async", "mlx-compiled"),
+        ("async_over_torch_async", "torch-async", "mlx-async"),
         ("over_torch_eager", "torch-eager", "mlx-compiled"),
         ("over_torch_compile", "torch-compile", "mlx-compiled"),
         ("bfloat16_over_float32", "mlx-compiled", "mlx-bfloat16"),
@@ -132,6 +134,7 @@ COST: Columns = {
     "paid back\nafter steps": ("break_even_steps", "{}"),
     "traces": ("traces", "{}"),
     "not waiting\nfor each": ("compiled_over_async", "{:.2f}x"),
+    "nor torch:\nover it": ("async_over_torch_async", "{:.2f}x"),
     "GFLOP\na step": ("flops", "{:.2f}"),
     "of matmul\npeak": ("share_of_matmul_peak", "{:.0%}"),
     "peak\nMB": ("peak_memory_mb", "{:.0f}"),

@@ -75,8 +75,9 @@ def test_every_round_starts_from_the_same_state(batches, arm: str):
     assert not np.array_equal(first[0], first[2])  # and it trains
 
 
-def test_not_waiting_does_the_same_work_and_ends_with_it_done(batches, monkeypatch):
-    waiting = contenders.enter(SUBJECT, "mlx-compiled", batches)
+@pytest.mark.parametrize("arm", ["mlx-compiled", "torch-eager"])
+def test_not_waiting_does_the_same_work_and_ends_with_it_done(batches, arm: str):
+    waiting = contenders.enter(SUBJECT, arm, batches)
     handing_over = waiting.without_waiting()
     starts = []
     start = handing_over.start
@@ -136,6 +137,13 @@ def rounds_of(**seconds: list[float]) -> Rounds:
         rounds.seconds[name] = dict(enumerate(times))
         rounds.info[name] = {"batch": 64}
     return rounds
+
+
+def test_without_waiting_is_held_against_without_waiting():
+    times = {"mlx_compiled": [3.0] * 3, "mlx_async": [2.0] * 3, "torch_async": [4.0] * 3}
+    row = summary.row(rounds_of(**times), "CUDA", 1e12)
+    assert row["async_over_torch_async"] == pytest.approx(2)
+    assert row["compiled_over_async"] == pytest.approx(2 / 3)
 
 
 def test_a_row_has_null_where_no_arm_ran():
