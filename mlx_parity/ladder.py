@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mlx_parity.errors import (
     SideError,
     TF32Error,
 )
-from mlx_parity.sides import MLXSide, Results, TorchSide, at_step, in_precision
+from mlx_parity.sides import TRAINED, MLXSide, Results, Told, TorchSide, at_step, in_precision
 
 require_mlx()
 
@@ -57,6 +57,10 @@ def up_to(until: str) -> tuple[str, ...]:
 
 STEPS = 20
 """Training steps of a trajectory."""
+
+LARGE = 1 << 22
+"""Parameters beyond which what training leaves is compared one kind after the other: all at once
+it is four models on each side."""
 
 COMPILED_STAGES = (4, *STAGES[1:])
 """Points of the compiled rung: what is computed is known by then to be right, and what a compiled
@@ -265,16 +269,22 @@ class Climb:
             lost = set(self.usual.tensors()) - compared
             return {k: a for k, a in results.items() if not lost & set(k.split(" "))}
 
-        def train(steps: int) -> list[Finding]:
+        def train(steps: int, tell: Sequence[Told]) -> list[Finding]:
             return self._compare(
-                lambda p: paired(self.oracle.train(p, self.names, steps, update=True)),
-                lambda p: paired(self.usual.train(p, self.names, steps, update=True)),
-                lambda p: self.port.train(p, self.names, steps, update=True),
+                lambda p: paired(self.oracle.train(p, self.names, steps, tell=tell)),
+                lambda p: paired(self.usual.train(p, self.names, steps, tell=tell)),
+                lambda p: self.port.train(p, self.names, steps, tell=tell),
             )
 
-        rungs = {r.name: r for r in self._split(train(steps), ("update", "trajectory"))}
+        numbers = sum(tensor.numel() for tensor in self.usual.tensors().values())
+        findings: list[Finding] = []
+        for tell in [TRAINED] if numbers <= LARGE else [[told] for told in TRAINED]:
+            findings += train(steps if "trajectory" in tell else 1, tell)
+            if not all(finding.ok for finding in findings):
+                break
+        rungs = {r.name: r for r in self._split(findings, ("update", "trajectory"))}
         if "update" not in rungs:  # a later step gave NaN, and the first stands for itself
-            rungs["update"] = self._split(train(1), ("update",))[0]
+            rungs["update"] = self._split(train(1, ["update", "moments"]), ("update",))[0]
         step = replace(rungs["update"], name="optimizer step")
         if not step.ok:  # there may be no trajectory to tell of
             return [step]

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,12 @@ import mlx.core as mx  # noqa: E402
 from mlx.utils import tree_unflatten  # noqa: E402
 
 Results = dict[str, np.ndarray]
+
+Told = Literal["update", "moments", "trajectory"]
+TRAINED: tuple[Told, ...] = ("update", "moments", "trajectory")
+"""What training tells of: the first step's update of the weights; the optimizer's state after it;
+each step's losses, and the last weights."""
+LAST: tuple[Told, ...] = ("trajectory",)
 
 OPTIMIZER_STATE = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "v", "square_avg": "v"}
 """PyTorch's names of an optimizer's moments and MLX's."""
@@ -145,9 +151,9 @@ class TorchSide:
         return found
 
     def train(
-        self, point: Tensors, names: Sequence[str], steps: int, *, update: bool = False
+        self, point: Tensors, names: Sequence[str], steps: int, *, tell: Sequence[Told] = LAST
     ) -> Results:
-        """``steps`` training steps: their losses, the last parameters; also the first's update."""
+        """``steps`` training steps; which of :data:`TRAINED` to tell of."""
         assert self.system.step is not None
         self.load(point)
         modules, optimizers = self.system.modules, self.system.optimizers
@@ -166,21 +172,29 @@ class TorchSide:
                 for optimizer, kept in zip(optimizers.values(), rates, strict=True):
                     for group, rate in zip(optimizer.param_groups, kept, strict=True):
                         group["lr"] = rate
-            for name, loss in zip(self.system.losses, losses, strict=True):
-                found[f"trajectory {name} {i}"] = _array(loss)
-            if update and i == 0:
+            if "trajectory" in tell:
+                for name, loss in zip(self.system.losses, losses, strict=True):
+                    found[f"trajectory {name} {i}"] = _array(loss)
+            if i == 0 and "update" in tell:
                 found |= self._update(point)
-        for name, tensor in self.tensors().items():
-            found[f"trajectory {name}"] = _array(tensor)
+            if i == 0 and "moments" in tell:
+                found |= self._moments()
+        if "trajectory" in tell:
+            for name, tensor in self.tensors().items():
+                found[f"trajectory {name}"] = _array(tensor)
         for optimizer in optimizers.values():  # three copies of a model that waits for its turn
             optimizer.state.clear()
             optimizer.zero_grad()
         return found
 
     def _update(self, point: Tensors) -> Results:
+        return {
+            f"update {name}": np.subtract(_array(tensor), point[name], dtype=np.float64)
+            for name, tensor in self.tensors().items()
+        }
+
+    def _moments(self) -> Results:
         found: Results = {}
-        for name, tensor in self.tensors().items():
-            found[f"update {name}"] = np.subtract(_array(tensor), point[name], dtype=np.float64)
         for m, optimizer in self.system.optimizers.items():
             for name, parameter in self.system.modules[m].named_parameters():
                 for key, state in optimizer.state.get(parameter, {}).items():
@@ -210,7 +224,9 @@ class MLXSide:
             optimizer.init(self.system.modules[m].trainable_parameters())
         self.stateful = [*self.system.modules.values(), *self.system.optimizers.values()]
         self._fresh = {m: flat(o.state) for m, o in self.system.optimizers.items()}
-        self._moments = {m: _moment_names(reference.optimizers[m]) for m in self.system.optimizers}
+        self._moment_names = {
+            m: _moment_names(reference.optimizers[m]) for m in self.system.optimizers
+        }
 
     def load(self, point: Tensors) -> None:
         for m, plan in self.plans.items():
@@ -315,7 +331,7 @@ class MLXSide:
         steps: int,
         step: Callable[..., Sequence[mx.array]] | None = None,
         *,
-        update: bool = False,
+        tell: Sequence[Told] = LAST,
     ) -> Results:
         """As :meth:`TorchSide.train`; ``step(*inputs)`` may be the compiled one.
 
@@ -334,12 +350,16 @@ class MLXSide:
             with blame("port", "in its training step"):
                 losses = take(*arrays)
                 mx.eval(losses, state)
-            for name, loss in zip(self.system.losses, losses, strict=True):
-                found[f"trajectory {name} {i}"] = _array(loss)
-            if update and i == 0:
+            if "trajectory" in tell:
+                for name, loss in zip(self.system.losses, losses, strict=True):
+                    found[f"trajectory {name} {i}"] = _array(loss)
+            if i == 0 and "update" in tell:
                 found |= self._update(point)
-        for name, tensor in self.tensors().items():
-            found[f"trajectory {name}"] = tensor
+            if i == 0 and "moments" in tell:
+                found |= self._moments()
+        if "trajectory" in tell:
+            for name, tensor in self.tensors().items():
+                found[f"trajectory {name}"] = tensor
         return found
 
     def tensors(self) -> Results:
@@ -351,13 +371,16 @@ class MLXSide:
         return found
 
     def _update(self, point: Tensors) -> Results:
-        found = {
+        return {
             f"update {n}": np.subtract(a, point[n], dtype=np.float64)
             for n, a in self.tensors().items()
         }
+
+    def _moments(self) -> Results:
+        found: Results = {}
         for m, optimizer in self.system.optimizers.items():
             state = flat(optimizer.state)
-            for key in self._moments[m]:
+            for key in self._moment_names[m]:
                 ours = OPTIMIZER_STATE[key]
                 arrays = {
                     k.removesuffix(f".{ours}"): _array(v)

@@ -191,6 +191,24 @@ MUTANTS = {
 }
 
 
+def test_a_large_models_training_is_compared_kind_by_kind(monkeypatch):
+    """The same tensors as a small one's, and a wrong update still ends it."""
+    uncorrected, _ = MUTANTS["no bias correction"]
+
+    def training(case: Case) -> dict[str, tuple[bool, set[str]]]:
+        climbing = Climb(case, SHAPE, 0)
+        climbing.structure()
+        rungs = climbing.training()
+        return {r.name: (r.ok, {finding.tensor for finding in r.findings}) for r in rungs}
+
+    small = training(GAN)
+    monkeypatch.setattr(ladder, "LARGE", 0)
+    assert training(GAN) == small
+    assert [(name, ok) for name, (ok, _) in training(uncorrected).items()] == [
+        ("optimizer step", False)
+    ]
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_each_fault_fails_its_rung(name: str):
     case, rung = MUTANTS[name]
