@@ -202,6 +202,8 @@ def test_a_large_models_training_is_compared_kind_by_kind(monkeypatch):
         return {r.name: (r.ok, {finding.tensor for finding in r.findings}) for r in rungs}
 
     small = training(GAN)
+    assert all(ok for ok, _ in small.values())
+    assert any(tensor.endswith(" exp_avg_sq") for tensor in small["optimizer step"][1])
     monkeypatch.setattr(ladder, "LARGE", 0)
     assert training(GAN) == small
     assert [(name, ok) for name, (ok, _) in training(uncorrected).items()] == [
