@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from mlx_impl.gan import train_step
-from mlx_impl.layers import BatchNorm, Conv2d, ConvTranspose2d, leaky_relu, relu
+from mlx_impl.layers import Conv2d, ConvTranspose2d, leaky_relu, relu
 from mlx_impl.losses import discriminator_loss, generator_loss_nonsaturating
+from mlx_impl.norms import BatchNorm
 from mlx_impl.optimizers import Adam
 
 __all__ = [  # all that training takes, shared or not

@@ -48,7 +48,7 @@ def _product_by_weight(x: mx.array, weight: mx.array, bias: mx.array | None = No
     return y.T
 
 
-def _once(x: mx.array) -> mx.array:
+def once(x: mx.array) -> mx.array:
     """``x``, computed by itself on a CPU.
 
     Under ``mx.compile`` all that is element-wise becomes one kernel, which on a CPU has two prices.
@@ -62,7 +62,7 @@ def _once(x: mx.array) -> mx.array:
 
 def relu(x: mx.array) -> mx.array:
     """``nn.relu``, on a CPU a kernel of its own: fused with the bias before it, it jumps."""
-    return nn.relu(_once(x))
+    return nn.relu(once(x))
 
 
 def leaky_relu(x: mx.array, negative_slope: float = 0.01) -> mx.array:
@@ -144,74 +144,3 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
 def _biased(y: mx.array, layer: nn.Module) -> mx.array:
     return y + lowered(layer.bias)[0] if "bias" in layer else y
-
-
-class BatchNorm(nn.BatchNorm):
-    """``nn.BatchNorm`` of (N, ..., C), faster on a CPU; statistics of half precision are float32.
-
-    Same arguments and parameters, same results up to rounding. Of bfloat16 MLX's own makes
-    bfloat16's mean and variance, and a float32 result. Raises ValueError unless there are 2 to 4
-    axes, and where a training batch has one value per channel, of which there is no variance.
-    """
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not 2 <= x.ndim <= 4:
-            raise ValueError(f"batch normalisation of {x.ndim} axes: it takes 2 to 4, (N, ..., C)")
-        n = x.size // x.shape[-1]
-        if self.training and n == 1:
-            raise ValueError("batch normalisation trains on more than one value per channel")
-        y = raised(x)
-        if self.track_running_stats and not self.training:
-            mean, variance = self.running_mean, self.running_var
-        else:
-            axes = tuple(range(x.ndim - 1))
-            mean, variance = y.mean(axes), y.var(axes)
-            if self.track_running_stats:
-                keep, unbiased = 1 - self.momentum, n / (n - 1)
-                self.running_mean = keep * self.running_mean + self.momentum * mean
-                self.running_var = keep * self.running_var + self.momentum * unbiased * variance
-        return _affine(y - mean, variance, self).astype(x.dtype)
-
-
-class GroupNorm(nn.GroupNorm):
-    """``nn.GroupNorm`` with PyTorch's groups, neighbouring channels: (N, ..., dims), same shape.
-
-    Same arguments and parameters but for ``pytorch_compatible``, which is always set: without it a
-    group would be every so-many-th channel. Statistics are float32, and the result has the input's
-    type, where float32 weights would make all that is behind it float32.
-
-    MLX hands each group to its fused layer normalisation, whose gradient MLX 0.32's CUDA kernel
-    gets wrong where a group is larger than one read of four and no multiple of it: the rest is
-    paired with another place's weight and cotangent. There it is written out, and on a CPU, which
-    has no such kernel, because it is faster.
-    """
-
-    def __init__(self, num_groups: int, dims: int, eps: float = 1e-5, affine: bool = True):
-        super().__init__(num_groups, dims, eps, affine, pytorch_compatible=True)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        group = math.prod(x.shape[1:]) // self.num_groups
-        wrong = backend() == "cuda" and group > 4 and group % 4 != 0
-        fused = not wrong and backend() != "cpu"
-        y = super().__call__(raised(x)) if fused else self._written_out(raised(x))
-        return y.astype(x.dtype)
-
-    def _written_out(self, x: mx.array) -> mx.array:
-        """Groups' statistics from channels', so that all loops run along the channels."""
-        y = x.reshape(x.shape[0], -1, self.dims)
-        y = y - self._of_groups(y)
-        return _affine(y, self._of_groups(mx.square(y)), self).reshape(x.shape)
-
-    def _of_groups(self, x: mx.array) -> mx.array:
-        """Means of (N, ..., dims) over each group, told for each of its channels: (N, 1, dims)."""
-        each = self.dims // self.num_groups
-        means = x.mean(axis=1).reshape(x.shape[0], self.num_groups, each).mean(axis=2)
-        return mx.repeat(means, each, axis=1)[:, None]
-
-
-def _affine(centred: mx.array, variance: mx.array, norm: nn.BatchNorm | nn.GroupNorm) -> mx.array:
-    """To variance 1, then the norm's own scale and shift, where it has them."""
-    scale = mx.rsqrt(variance + norm.eps)
-    if "weight" not in norm:
-        return centred * _once(scale)
-    return centred * _once(scale * norm.weight) + norm.bias

@@ -20,7 +20,8 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from mlx_impl.diffusion import sinusoidal_embedding
-from mlx_impl.layers import Conv2d, GroupNorm, Linear, silu
+from mlx_impl.layers import Conv2d, Linear, silu
+from mlx_impl.norms import GroupNorm
 from mlx_impl.precision import single_on_cpu
 
 EPS = 1e-6

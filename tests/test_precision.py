@@ -102,9 +102,9 @@ def test_a_layer_multiplies_bfloat16_and_its_gradients_are_float32(name: str):
     assert layer(x).dtype == mx.float32  # and nothing stays behind
 
 
-@pytest.mark.parametrize("make", [mlx_impl.layers.BatchNorm, mlx_impl.layers.GroupNorm])
+@pytest.mark.parametrize("make", [mlx_impl.norms.BatchNorm, mlx_impl.norms.GroupNorm])
 def test_a_norm_returns_what_it_is_given(make: Callable):
-    norm = make(4) if make is mlx_impl.layers.BatchNorm else make(2, 4)
+    norm = make(4) if make is mlx_impl.norms.BatchNorm else make(2, 4)
     x = mx.random.normal((3, 5, 6, 4), key=mx.random.key(0)).astype(BF16)
     assert norm(x).dtype == BF16
     assert norm(raised(x)).dtype == mx.float32
@@ -428,7 +428,7 @@ def test_batch_norm_statistics_in_bfloat16_are_seen():
         return {"x": in_precision(near["x"], "bfloat16")}
 
     sides = reference(torch.float64), reference(torch.bfloat16)
-    right = compare(*sides, port(mlx_impl.layers.BatchNorm), draw, rough=ROUGH)
+    right = compare(*sides, port(mlx_impl.norms.BatchNorm), draw, rough=ROUGH)
     assert [str(f) for f in right if not f.ok] == []
     wrong = compare(*sides, port(nn.BatchNorm), draw, rough=ROUGH)
     assert {f.tensor for f in wrong if not f.ok} >= {"mean", "variance"}
