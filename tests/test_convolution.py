@@ -231,7 +231,7 @@ def test_an_unknown_route_is_refused(tmp_path):
 def test_the_choice_by_backend():
     assert choose("metal") == "native"
     assert choose("metal", native_is_right=False) == "adjoint"
-    assert choose("cuda") == "adjoint"
+    assert choose("cuda") == "cudnn"
     assert choose("cpu") == "cheapest"
 
 
@@ -367,10 +367,10 @@ def test_transposed_convolutions_of_one_shape_and_several_strides(monkeypatch):
         return [name for name, _ in taken(lambda y: conv_transpose2d(y, w, stride), y)]
 
     assert [routes(stride) for stride in (1, 2, 3, 1)] == [
-        ["adjoint"],
+        ["cudnn"],
         ["patches"],
         ["patches"],
-        ["adjoint"],
+        ["cudnn"],
     ]
     for stride in STRIDES:
         ours, native = conv_transpose2d(y, w, stride), mx.conv_transpose2d(y, w, stride)
