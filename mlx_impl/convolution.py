@@ -114,7 +114,7 @@ def _adjoint_maps(g: Geometry) -> Maps:
 
 
 def _cudnn_maps(g: Geometry) -> Maps:
-    """``adjoint`` with the kernel's gradient as cuDNN has it, where that is the faster.
+    """``adjoint`` with the kernel's gradient as cuDNN has it.
 
     Autodiff of ``mx.conv2d`` copies every patch of the image out and multiplies. The same gradient
     is a convolution of the image with the result for a kernel, channels and images exchanged; and
@@ -124,8 +124,6 @@ def _cudnn_maps(g: Geometry) -> Maps:
     adjoint = _adjoint_maps(g)
 
     def by_kernel(image: mx.array, result: mx.array) -> mx.array:
-        if not _better_by_cudnn(g, image.dtype):
-            return adjoint.by_kernel(image, result)
         ends = [
             g.stride[i] * (g.result[i] - 1) + g.reach(i) - g.image[i] - g.padding[i] for i in (0, 1)
         ]
@@ -138,16 +136,7 @@ def _cudnn_maps(g: Geometry) -> Maps:
         )  # (C, K, L, O)
         return mx.contiguous(kernel) if g.turned else kernel.swapaxes(0, 3)
 
-    return adjoint._replace(by_kernel=by_kernel)
-
-
-def _better_by_cudnn(g: Geometry, dtype: mx.Dtype) -> bool:
-    """As measured on an H200 at the layers of the models here, in float32 with and without TF32."""
-    recognised = g.groups == 1 and g.result[1] > g.kernel[1]
-    on_tensor_cores = dtype in HALF or os.environ.get("MLX_ENABLE_TF32", "1") != "0"
-    # A kernel of one pixel has no patches to copy, and few are copied at every other pixel.
-    many_patches = g.stride == (1, 1) and g.kernel != (1, 1)
-    return recognised and (on_tensor_cores or many_patches)
+    return adjoint._replace(by_kernel=by_kernel) if g.groups == 1 else adjoint
 
 
 def _vjp(linear: Callable[[mx.array], mx.array], shape: list[int], cotangent: mx.array) -> mx.array:
@@ -267,7 +256,7 @@ def _taps_maps(g: Geometry) -> Maps:
     sorts the pixels into planes by their remainders. Nothing is laid out K L times.
     """
     if g.folds > 1:
-        return _folded_maps(g)
+        return _folded_maps(g, _taps_maps)
     (K, L), (S, T), (h, w) = g.kernel, g.stride, g.result
     H, W = -(-g.seen(0) // S), -(-g.seen(1) // T)  # of one plane
     taps = []
@@ -346,13 +335,34 @@ def _taps_maps(g: Geometry) -> Maps:
     return Maps(conv, by_image, by_kernel)
 
 
-def _folded_maps(g: Geometry) -> Maps:
-    """A strided convolution as one of stride 1 (:attr:`Geometry.folds`), a product for each tap."""
+def _gathered_maps(g: Geometry) -> Maps:
+    """``patches`` with the image gathered from patches of the result, not added up from its own.
+
+    A GPU adds overlapping patches up in many small kernels. Without a stride the gradient by the
+    image is itself a convolution, of the result with the kernel turned about; and a stride folds.
+    """
+    patches = _patches_maps(g)
+    if g.groups > 1 or (g.stride != (1, 1) and g.folds == 1):
+        return patches
+    if g.folds > 1:
+        return patches._replace(by_image=_folded_maps(g, _gathered_maps).by_image)
+    padding = (g.reach(0) - 1 - g.padding[0], g.reach(1) - 1 - g.padding[1])
+    adjoint = _patches_maps(
+        g._replace(image=g.result, result=g.image, padding=padding, turned=False)
+    )
+
+    def by_image(result: mx.array, kernel: mx.array) -> mx.array:
+        about = kernel[:, ::-1, ::-1]
+        return adjoint.conv(result, about if g.turned else about.swapaxes(0, 3))
+
+    return patches._replace(by_image=by_image)
+
+
+def _folded_maps(g: Geometry, build: Callable[[Geometry], Maps]) -> Maps:
+    """A strided convolution as one of stride 1 (:attr:`Geometry.folds`), as ``build`` does it."""
     (K, L), (S, T) = g.kernel, g.stride
     H, W = g.seen(0) // S, g.seen(1) // T
-    inner = _taps_maps(
-        Geometry((H, W), g.result, (K // S, L // T), (1, 1), (0, 0), (1, 1), 1, g.turned)
-    )
+    inner = build(Geometry((H, W), g.result, (K // S, L // T), (1, 1), (0, 0), (1, 1), 1, g.turned))
 
     def fold(x: mx.array) -> mx.array:
         """(N, rows, columns, C) to (N, rows / S, columns / T, S T C): of images and of kernels."""
@@ -401,14 +411,15 @@ _BUILD = {
     "adjoint": _adjoint_maps,
     "cudnn": _cudnn_maps,
     "patches": _patches_maps,
+    "gathered": _gathered_maps,
     "taps": _taps_maps,
 }
 
 ROUTES = ("auto", "native", "cheapest", *_BUILD)
 """``native``: ``mx.conv2d`` and ``mx.conv_transpose2d`` with MLX's own gradients. The rest are the
-three maps: ``adjoint`` and ``cudnn`` as MLX operations, ``patches`` and ``taps`` as matrix
-products, ``cheapest`` as whichever of these :func:`cheapest` says, for each map. ``auto``: as
-:func:`choose` says."""
+three maps: ``adjoint`` and ``cudnn`` as MLX operations; ``patches``, ``gathered`` and ``taps`` as
+matrix products; ``cheapest`` as whichever of these :func:`cheapest` or :func:`cheapest_on_cuda`
+says, for each map. ``auto``: as :func:`choose` says."""
 
 _forced = os.environ.get("CONVOLUTION_ROUTE", "auto")
 if _forced not in ROUTES:
@@ -445,10 +456,8 @@ def choose(backend: str, native_is_right: bool = True) -> str:
 
     Metal: native, until a measurement there says otherwise.
 
-    CUDA: cudnn. MLX's gradient of ``conv_transpose2d`` by its kernel takes 9 to 41 ms on an H100
-    at the sizes of a 64 x 64 GAN, where PyTorch takes half a millisecond for everything; and that
-    of ``conv2d``, by patches, twice what cuDNN takes on an H200 (0.55 and 0.32 ms for a U-Net's
-    3 x 3 kernel over 64 images of 32 x 32 x 128, with TF32 0.30 and 0.12).
+    CUDA: cheapest. MLX's gradient of ``conv_transpose2d`` by its kernel takes 9 to 41 ms on an H100
+    at the sizes of a 64 x 64 GAN, where PyTorch takes half a millisecond for everything.
 
     CPU: cheapest. MLX multiplies patches with the kernel, which is fast, only where nothing is
     dilated. The gradient of a strided convolution by its image, a transposed convolution and its
@@ -456,7 +465,32 @@ def choose(backend: str, native_is_right: bool = True) -> str:
     """
     if backend == "metal":
         return "native" if native_is_right else "adjoint"
-    return "cheapest" if backend == "cpu" else "cudnn"
+    return "cheapest"
+
+
+def cheapest_on_cuda(map_name: str, g: Geometry, tensor_cores: bool) -> str:
+    """The route that CUDA takes for one map, a field of :class:`Maps`.
+
+    As measured on an H200 at the layers of the models here. Where products are rounded to TF32 or
+    are of halves, cuDNN's kernels run on tensor cores, and are fast: a kernel's gradient over 64
+    images of 32 x 32 x 128 takes 0.12 ms, by patches 0.30. In full float32 what cuDNN's heuristics
+    take first, often Fourier transforms with gigabytes of workspace, is slower than patches copied
+    out and multiplied by cuBLAS: 1.32 ms to 0.5 for that convolution. Of its gradient by the kernel
+    they make a good choice (0.32), unless the kernel is a pixel or strides.
+    """
+    if g.groups > 1:
+        return "adjoint"
+    if map_name == "by_kernel":
+        recognised = g.result[1] > g.kernel[1]
+        many_patches = g.stride == (1, 1) and g.kernel != (1, 1)
+        return "cudnn" if recognised and (tensor_cores or many_patches) else "patches"
+    if tensor_cores or (map_name == "by_image" and g.stride != (1, 1) and g.folds == 1):
+        return "adjoint"
+    return "gathered"
+
+
+def _on_tensor_cores(dtype: mx.Dtype) -> bool:
+    return dtype in HALF or os.environ.get("MLX_ENABLE_TF32", "1") != "0"
 
 
 def cheapest(map_name: str, g: Geometry, batch: int, channels: Pair) -> str:
@@ -533,11 +567,15 @@ def _differentiable(g: Geometry, route: str) -> Maps:
             else:
                 c, f = _channels(g, b)
                 channels = c * g.groups, f
-            taken = cheapest(map_name, g, a.shape[0], channels) if route == "cheapest" else route
+            taken = route
+            if route == "cheapest" and backend() == "cuda":
+                taken = cheapest_on_cuda(map_name, g, _on_tensor_cores(a.dtype))
+            elif route == "cheapest":
+                taken = cheapest(map_name, g, a.shape[0], channels)
             by_mlx = taken in ("adjoint", "cudnn")
             risky = by_mlx and map_name == "by_image" and backend() == "cuda"
             if risky and gets_anothers_plan(g, a.shape[0], channels, mx.result_type(a, b)):
-                taken = "patches"
+                taken = "gathered"
             return cast(mx.array, getattr(built[taken], map_name)(a, b))
 
         return run

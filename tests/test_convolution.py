@@ -231,7 +231,7 @@ def test_an_unknown_route_is_refused(tmp_path):
 def test_the_choice_by_backend():
     assert choose("metal") == "native"
     assert choose("metal", native_is_right=False) == "adjoint"
-    assert choose("cuda") == "cudnn"
+    assert choose("cuda") == "cheapest"
     assert choose("cpu") == "cheapest"
 
 
@@ -262,6 +262,31 @@ def test_the_cheapest_is_never_the_scalar_loop(shape, batch, channels, filters):
 def test_the_cheapest_was_measured(field, size, channels, expected):
     g = Geometry(size, size, (3, 3), (1, 1), (1, 1), (1, 1), 1)
     assert cheapest(field, g, 1, channels) == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "stride", "tensor_cores", "expected"),
+    [
+        ("conv", 1, False, "gathered"),
+        ("conv", 1, True, "adjoint"),
+        ("by_image", 2, False, "gathered"),
+        ("by_image", 3, False, "adjoint"),  # a kernel of 4 is no whole strides of 3
+        ("by_kernel", 1, False, "cudnn"),
+        ("by_kernel", 2, False, "patches"),
+        ("by_kernel", 2, True, "cudnn"),
+    ],
+)
+def test_the_choice_on_cuda_was_measured(field, stride, tensor_cores, expected):
+    g = Geometry((32, 32), (32 // stride,) * 2, (4, 4), (stride,) * 2, (1, 1), (1, 1), 1)
+    assert convolution.cheapest_on_cuda(field, g, tensor_cores) == expected
+
+
+def test_on_cuda_a_result_no_wider_than_the_kernel_is_not_recognised_as_its_cotangent():
+    g = Geometry((4, 4), (4, 4), (4, 4), (1, 1), (2, 2), (1, 1), 1)
+    assert convolution.cheapest_on_cuda("by_kernel", g, True) == "patches"
+    wide = g._replace(image=(5, 5), result=(5, 5))
+    assert convolution.cheapest_on_cuda("by_kernel", wide, True) == "cudnn"
+    assert convolution.cheapest_on_cuda("by_kernel", wide._replace(groups=2), True) == "adjoint"
 
 
 def test_a_turned_kernel_is_not_handed_to_mlx_which_would_turn_it_back():
@@ -360,6 +385,7 @@ def test_mlxs_transposed_convolutions_of_one_shape_and_several_strides():
 
 def test_transposed_convolutions_of_one_shape_and_several_strides(monkeypatch):
     monkeypatch.setattr(convolution, "backend", lambda: "cuda")
+    monkeypatch.setattr(convolution, "_on_tensor_cores", lambda dtype: True)
     monkeypatch.setattr(convolution, "_stride_of_plan", {})
     y, w = mx.array(normal(1, 4, 4, 2)), mx.array(normal(3, 3, 3, 2))
 
@@ -367,10 +393,10 @@ def test_transposed_convolutions_of_one_shape_and_several_strides(monkeypatch):
         return [name for name, _ in taken(lambda y: conv_transpose2d(y, w, stride), y)]
 
     assert [routes(stride) for stride in (1, 2, 3, 1)] == [
-        ["cudnn"],
-        ["patches"],
-        ["patches"],
-        ["cudnn"],
+        ["adjoint"],
+        ["gathered"],
+        ["gathered"],
+        ["adjoint"],
     ]
     for stride in STRIDES:
         ours, native = conv_transpose2d(y, w, stride), mx.conv_transpose2d(y, w, stride)
