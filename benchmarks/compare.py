@@ -36,6 +36,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from scipy.stats import t as student
 
+from mlx_impl.process import LARGEST_KEPT
+
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("worker.py")
 REPORT = Path("reports/compare.json")
@@ -50,10 +52,19 @@ CONFIDENCE = 0.99
 THRESHOLD = 0.02
 """The smallest change worth a verdict; ``[tool.benchmarks.thresholds]`` has it for each system."""
 
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-"""Of the BLAS, unless the caller has set another number. Several wait for each other spinning: the
-other worker's still do when a turn begins, and one busy process elsewhere makes a step several
-times as long. What one thread does longer, several do too."""
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MLX_USE_CUDA_GRAPHS": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(LARGEST_KEPT),
+    "MALLOC_TRIM_THRESHOLD_": str(LARGEST_KEPT),
+}
+"""Of both sides, unless the caller has set something else.
+
+One thread of the BLAS: several wait for each other spinning. The other worker's still do when a
+turn begins, and one busy process elsewhere makes a step several times as long; what one thread does
+longer, several do too. The rest is what ``mlx_impl.process.tune`` does, which a revision may lack.
+"""
 
 EXIT = {"no change": 0, "faster": 0, "inconclusive": 0, "slower": 1}
 
@@ -78,7 +89,7 @@ class Worker:
 
     def __init__(self, side: Side, system: str, batch: int):
         self.side = side
-        env = ONE_THREAD | os.environ | {"PYTHONPATH": os.pathsep.join(map(str, side.path))}
+        env = ENVIRONMENT | os.environ | {"PYTHONPATH": os.pathsep.join(map(str, side.path))}
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in __exit__
         self._process = subprocess.Popen(
             [side.python, str(WORKER)],

@@ -15,6 +15,7 @@ from benchmarks import capture, contenders, history, machine, summary
 from benchmarks.effort import Budget, effort
 from benchmarks.summary import Rounds
 from benchmarks.systems import Subject
+from mlx_impl import process
 from mlx_impl.data import load_images
 from mlx_parity.blas import use_openblas
 
@@ -51,6 +52,7 @@ def _positive(text: str) -> int:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
+    process.tune()
     with warnings.catch_warnings(record=True) as caught:  # the report says it, in its place
         warnings.simplefilter("always", RuntimeWarning)
         config.stash[_blas] = use_openblas()

@@ -32,6 +32,8 @@ IDENTITY = (
     "torch_device",
     "torch_threads",
     "torch_tf32",
+    "cuda_graphs",
+    "memory_kept",
 )
 """The keys of ``machine_info`` that have to be equal for two runs to be comparable."""
 

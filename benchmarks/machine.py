@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import torch
 
+from mlx_impl import process
 from mlx_parity.blas import Blas
 from mlx_parity.card import device as backend
 
@@ -87,6 +88,7 @@ def identity(blas: Blas) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "torch_tf32": torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32,
         "g++": shutil.which("g++") is not None,
+        **process.settings(),
     }
 
 

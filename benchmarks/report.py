@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.history import HISTORY, IDENTITY, Run, change_points, check_comparable, load
+from mlx_impl import process
 from mlx_parity.blas import use_openblas
 
 mpl.use("Agg")
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the page and pictures")
     parser.add_argument("--history", type=Path, default=HISTORY)
     options = parser.parse_args(argv)
+    process.tune()  # as the runs were
     this: Mapping[str, Any] = machine.identity(use_openblas())
     try:
         paths = write(load(this, options.history), options.out)

@@ -35,6 +35,7 @@ from benchmarks.compare import (
     pair_of_processes,
     systems_named,
 )
+from mlx_impl import process
 from mlx_parity.blas import use_openblas
 
 REPORT = Path("reports/bench-selftest.json")
@@ -197,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"interrupted after {len(done)} comparisons: nothing was written", file=sys.stderr)
         return 130
+    process.tune()  # as the workers were, by their environment
     rows = summarise(done)
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     step = sorted(pair.base_ms for t in done for pair in t.pairs)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from mlx_impl import process
 from mlx_impl.data import PHOTOGRAPHS, load_picture
 from mlx_impl.images import Images, grid, plot_losses, write_losses, write_png
 from mlx_impl.precision import DTYPES
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = options.pop("command")
     console = Console(stderr=True)
     try:
+        process.tune()
         _use_fast_blas(console)
         return COMMANDS[command](options, console)
     except Refused as error:
