@@ -86,7 +86,7 @@ def _corners(x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
 
 @mx.custom_function
 def _max_pool(x: mx.array) -> mx.array:
-    a, b, c, d = _corners(x)  # a reduction over the two axes takes CUDA eight times as long
+    a, b, c, d = _corners(x)  # a reduction over two axes took a quarter of 003's step on CUDA
     return mx.maximum(mx.maximum(a, b), mx.maximum(c, d))
 
 
