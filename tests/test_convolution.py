@@ -142,6 +142,16 @@ def test_conv_transpose2d_is_mlxs(name, bias):
     held_alike(plain, layer, normal(2, 3, 5, 4), name)
 
 
+@pytest.mark.parametrize("name", [r for r in convolution.ROUTES if r != "native"])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (4, 2)])
+def test_convolutions_whose_image_is_gathered_are_mlxs(name, kernel, stride):
+    """Without a stride, or with a kernel of whole strides; kernels that are not symmetric."""
+    settings = 4, 6, kernel, stride, 1
+    held_alike(nn.Conv2d(*settings), layers.Conv2d(*settings), normal(2, 8, 6, 4), name)
+    transposed = layers.ConvTranspose2d(*settings)
+    held_alike(nn.ConvTranspose2d(*settings), transposed, normal(2, 4, 3, 4), name)
+
+
 def held_alike(plain, layer, x, name):
     """MLX has no convolution in float64; ours stands in, by a route held to be PyTorch's."""
     assert repr(layer).partition("(")[2] == repr(plain).partition("(")[2]
