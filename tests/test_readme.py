@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 from mlx_parity.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -61,7 +63,12 @@ def test_every_session_named_exists():
     assert sessions <= set(re.findall(r"nox -s ([\w-]+)", README))
 
 
-def test_every_linked_file_exists():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_or_shows_exists(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert links or page.name != "README.md"
+    assert [x for x in links if "://" not in x and not (page.parent / x).exists()] == []
