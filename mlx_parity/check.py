@@ -29,6 +29,7 @@ from mlx_parity.diagnose import (
     lint,
     of_rounded_corrections,
     of_two_optimizers,
+    of_uninitialised,
     of_updates,
 )
 from mlx_parity.errors import CarryError, ParityError, SideError
@@ -40,6 +41,7 @@ from mlx_parity.localise import Guilty
 from mlx_parity.pairing import Map
 from mlx_parity.report import Report
 from mlx_parity.restore import restored
+from mlx_parity.structure import complete_port
 from mlx_parity.subject import MODEL, Asked, Subject
 from mlx_parity.systems import case_of
 from mlx_parity.trial import agree, say
@@ -120,6 +122,7 @@ def check(
     title = name or f"{_name_of(reference)} → {_name_of(port)}"
     report = Report(title)
     with restored(reference, port), borrowed() as blas:
+        uninitialised = complete_port(port)
         try:
             asked = Asked(
                 reference=reference,
@@ -153,6 +156,7 @@ def check(
             report.undecided(_whose(error), str(error))
         except Exception as error:  # a defect of the kit is no verdict on the port
             report.undecided("kit", f"{type(error).__name__}: {error}", error)
+    report.diagnoses = [*report.diagnoses, *of_uninitialised(uninitialised)]
     report.seconds = time.monotonic() - started
     if not blas.fast and report.seconds > PATIENCE:
         report.notes.append(

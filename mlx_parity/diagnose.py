@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx_parity.counterfactual import Alternative, alternatives
 from mlx_parity.ladder import Rung
 from mlx_parity.localise import Called, Capture, Guilty, ModulePair, pairs
 from mlx_parity.static import Clue, of_optimizers, of_pair, of_trees
+from mlx_parity.structure import complete_port, copy_port
 from mlx_parity.traps import find
 
 require_mlx()
@@ -68,6 +69,9 @@ def lint(
     mapping: Any = None,
 ) -> list[Diagnosis]:
     """Everything that the module trees, and pairs of optimizers, show without being run."""
+    whole = copy_port(port)
+    uninitialised = of_uninitialised(complete_port(whole))
+    port = whole if uninitialised else port
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         paired = pairs(reference, port, mapping)
@@ -75,7 +79,7 @@ def lint(
     clues += of_trees(reference, port, paired)
     for theirs, ours in optimizers:
         clues += of_optimizers(theirs, ours)
-    return _of_clues(dict.fromkeys(clues))
+    return [*uninitialised, *_of_clues(dict.fromkeys(clues))]
 
 
 def diagnose(
@@ -119,6 +123,14 @@ def of_compiled(rung: Rung) -> list[Diagnosis]:
     else:
         return []
     return [_diagnosis(found[0], "compiled step", found[1])]
+
+
+def of_uninitialised(classes: Sequence[str]) -> list[Diagnosis]:
+    """Classes of the port that never called ``super().__init__()``: no number depends on it."""
+    if not classes:
+        return []
+    evidence = f"trainable_parameters() and training raise in {', '.join(classes)}"
+    return [_diagnosis("module-not-initialised", "the port", evidence)]
 
 
 def of_updates(trap_id: str, what: str) -> list[Diagnosis]:

@@ -84,6 +84,21 @@ def replace(value: Any, change: Callable[[str, Any], Any]) -> Any:
     return walk(value, "", 0)
 
 
+def fresh(value: Any) -> Any:
+    """A copy of a call's arguments that another call will not change: what is neither an array nor
+    a module, such as a cache that a layer writes to, is copied; arrays and modules are shared."""
+    if is_array(value) or callable(value) or isinstance(value, type):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(fresh, value))
+    if type(value) is dict:
+        return {k: fresh(v) for k, v in value.items()}
+    try:
+        return copy.deepcopy(value, {id(a): a for a in leaves(value).values()})
+    except Exception:  # somebody's own object, which need not allow it
+        return value
+
+
 def _rebuilt(item: Any, new: dict[Any, Any]) -> Any:
     if type(item) is dict:
         return new
@@ -98,6 +113,29 @@ def _rebuilt(item: Any, new: dict[Any, Any]) -> Any:
         else:
             object.__setattr__(made, key, value)
     return made
+
+
+def complete_port(module: Any) -> list[str]:
+    """Give a port's modules what ``nn.Module.__init__`` would have, and name the classes of those
+    that never called it: they compute, and raise at ``trainable_parameters`` and ``training``."""
+    found: list[str] = []
+    seen: set[int] = set()
+
+    def walk(value: Any) -> None:
+        if id(value) in seen or not isinstance(value, dict | list | tuple):
+            return
+        seen.add(id(value))
+        if hasattr(type(value), "trainable_parameters"):
+            own = vars(value)
+            if "_no_grad" not in own or "_training" not in own:
+                found.append(type(value).__name__)
+                object.__setattr__(value, "_no_grad", own.get("_no_grad", set()))
+                object.__setattr__(value, "_training", own.get("_training", True))
+        for child in value.values() if isinstance(value, dict) else value:
+            walk(child)
+
+    walk(module)
+    return list(dict.fromkeys(found))
 
 
 def copy_port(module: Any) -> Any:

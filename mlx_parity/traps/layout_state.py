@@ -243,6 +243,57 @@ class ParameterInTuple(Trap):
         return model.layers[0].weight
 
 
+class ModuleNotInitialised(Trap):
+    """A module whose ``__init__`` never calls ``super().__init__()`` computes, and cannot train.
+
+    PyTorch refuses the first layer that is assigned. MLX keeps it, since a module is a dict, and
+    misses what its own ``__init__`` would have set only when the parameters to train, or the mode,
+    are asked for: ``nn.value_and_grad``, ``freeze`` and ``training`` raise an AttributeError about
+    ``_no_grad`` or ``_training``. Ports that were only ever used for inference are published so.
+    """
+
+    id = "module-not-initialised"
+    title = "A module that never called super().__init__() cannot train"
+    rows = ()
+    fix = "call super().__init__() first in the __init__ of each of these classes"
+    error = None
+    shows = "raises"
+    shapes = arrays(x=(5, 4), w=(3, 4))
+
+    @staticmethod
+    def reference(x: T, w: T) -> T:
+        return w - 0.1 * 2 * (x @ w.T).T @ x
+
+    @staticmethod
+    def naive(x: A, w: A) -> A:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                self.layer = nn.Linear(4, 3, bias=False)
+                self.layer.weight = w
+
+            def __call__(self, x: A) -> A:
+                return self.layer(x)
+
+        model = Model()
+        _sgd_step(model, x)
+        return model.layer.weight
+
+    @staticmethod
+    def fixed(x: A, w: A) -> A:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(4, 3, bias=False)
+                self.layer.weight = w
+
+            def __call__(self, x: A) -> A:
+                return self.layer(x)
+
+        model = Model()
+        _sgd_step(model, x)
+        return model.layer.weight
+
+
 class BufferTrains(Trap):
     """Every public array attribute of an MLX module is a trainable parameter.
 
