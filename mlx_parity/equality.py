@@ -171,7 +171,7 @@ def jitter(
     near = {}
     for name, array in point.items():
         if np.issubdtype(array.dtype, np.floating):
-            factor = rng.standard_normal(array.shape)
+            factor = np.asarray(rng.standard_normal(array.shape))  # a number alone is no array
             factor *= scale
             factor += 1
             factor *= array

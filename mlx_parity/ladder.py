@@ -114,7 +114,7 @@ def randomise(
             array = 0.2 * rng.standard_normal(shape)
         else:
             array = 1 + 0.2 * rng.standard_normal(shape)
-        made[name] = array.astype(np.float32)
+        made[name] = np.asarray(array, np.float32)  # an array also where it is one number
     return made
 
 

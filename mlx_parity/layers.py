@@ -92,6 +92,9 @@ def kind(module: Any) -> str:
     for name, theirs, ours in _KINDS:
         if isinstance(module, theirs + ours):
             return name
+    if isinstance(module, mnn.Module) and {"Wx", "Wh"} <= module.keys():  # written out in a port
+        rows, size = module["Wh"].shape
+        return {4: "lstm", 3: "gru" if "bhn" in module else ""}.get(rows // size, "")
     return ""
 
 

@@ -13,6 +13,7 @@ from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import flat, reference_tensors
+from mlx_parity.layers import kind, port_modules
 from mlx_parity.layout import distance
 from mlx_parity.localise import ModulePair
 
@@ -370,8 +371,13 @@ def of_trees(reference: tnn.Module, port: mnn.Module, paired: Iterable[ModulePai
     known = set(names)
     buffers = {n for n, _ in reference.named_buffers()}
     twice = {n for n, _ in reference.named_parameters(remove_duplicate=False)}  # tied ones too
+    modules = port_modules(port)
     for name in sorted(trained - known - twice):
         size = arrays[name].size
+        if kind(modules.get(name.rpartition(".")[0])) or not mx.issubdtype(
+            arrays[name].dtype, mx.floating
+        ):
+            continue  # a layer's weight is no constant, and no optimizer moves a whole number
         if name in buffers or _plain_tensor(reference, name):
             found.append(Clue("buffer-trains", name, "a constant of the original trains"))
         elif not any(t.numel() == size for k, t in tensors.items() if k not in names.values()):

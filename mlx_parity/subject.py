@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn as tnn
+from torch.nn.utils import parametrize
 
 from mlx_parity import arguments, structure
 from mlx_parity._backend import require_mlx
@@ -153,9 +154,10 @@ class Subject:
     def _train(self, prototype: Any) -> None:
         """The mode of the whole; parts that were given in another than the whole keep it."""
         prototype.train(self.training)
+        within = dict(prototype.named_modules())
         for path, module in self.asked.reference.named_modules():
-            if module.training != self.asked.reference.training:
-                prototype.get_submodule(path).training = module.training
+            if module.training != self.asked.reference.training and path in within:
+                within[path].training = module.training
 
     def _set_mode(self) -> None:
         if isinstance(self.port, mnn.Module):
@@ -205,9 +207,7 @@ class Subject:
             options = dict(asked.carry) if isinstance(asked.carry, Mapping) else {}
             _check_map(asked.map or {}, self.prototype, self.port)
             try:
-                plan = find_plan(
-                    self.prototype, self.port, map=asked.map, sanitize=asked.sanitize, **options
-                )
+                plan = self._find_plan(options)
             except CarryError as error:
                 modules = port_modules(self.port).items()
                 quantized = [p for p, m in modules if type(m).__name__.startswith("Quantized")]
@@ -235,6 +235,29 @@ class Subject:
         self.report.carried = plan.how
         self.report.notes += plan.notes
         self.report.unpaired = plan.pairs.unpaired
+        return plan
+
+    def _find_plan(self, options: Mapping[str, Any]) -> FoundPlan:
+        """The plan; of a reference whose parametrized weights are folded, where the port holds
+        them so: weight normalisation is usually multiplied out when weights are published."""
+        asked = self.asked
+
+        def found(reference: tnn.Module) -> FoundPlan:
+            return find_plan(
+                reference, self.port, map=asked.map, sanitize=asked.sanitize, **options
+            )
+
+        folded, names = _folded(self.prototype)
+        try:
+            plan = found(self.prototype)
+            if not names or not plan.lacking:
+                return plan
+        except CarryError:
+            if not names:
+                raise
+        plan = found(folded)
+        self.prototype = folded
+        self._note(f"{', '.join(names[:3])} of the reference was multiplied out, as in the port")
         return plan
 
     def carry(self) -> None:
@@ -331,6 +354,37 @@ def _near(name: str, known: set[str]) -> str:
 def _in_mlx(array: Any) -> mx.array:
     """What a port gives of other libraries' arrays can be read, and has no gradient."""
     return array if isinstance(array, mx.array) else mx.array(arguments.plain(array))
+
+
+def _folded(module: tnn.Module) -> tuple[tnn.Module, list[str]]:
+    """A copy without parametrizations, each weight as it is computed, and those weights' names."""
+    names = [
+        f"{path}.{name}"
+        for path, m in module.named_modules()
+        if parametrize.is_parametrized(m)
+        for name in cast(Any, m.parametrizations)
+    ]
+    if not names:
+        return module, []
+    made = copy.deepcopy(module)
+    for m in list(made.modules()):
+        if not parametrize.is_parametrized(m):
+            continue
+        held: Any = m.parametrizations
+        folded = {
+            n: tnn.Parameter(getattr(m, n).detach().clone(), _trains(parametrized))
+            for n, parametrized in held.items()
+        }
+        # remove_parametrizations takes the attribute from the class, which the original shares.
+        object.__setattr__(m, "__class__", type(m).__bases__[0])
+        del m.parametrizations
+        for n, weight in folded.items():
+            m.register_parameter(n, weight)
+    return made, names
+
+
+def _trains(module: tnn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def _sharing(module: tnn.Module) -> tnn.Module:

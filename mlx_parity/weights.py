@@ -8,6 +8,7 @@ that is only known by what it does, so it is asked: it is given arrays that hold
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,14 @@ from mlx_parity.carry import (
     reference_tensors,
 )
 from mlx_parity.errors import CarryError
-from mlx_parity.layers import Layer, Source, port_layers, reference_layers, squeezed
+from mlx_parity.layers import (
+    Layer,
+    Source,
+    port_layers,
+    port_modules,
+    reference_layers,
+    squeezed,
+)
 from mlx_parity.pairing import Map, Match, Pairs, match_layers, pair_modules
 
 require_mlx()
@@ -80,7 +88,7 @@ def find_plan(
     notes: list[str] = []
     if given is not None:
         try:
-            return _sanitized(reference, port, given, pairs)
+            return _through(reference, port, given, pairs)
         except CarryError as error:
             if sanitize is not None:
                 raise
@@ -243,12 +251,29 @@ def _multiplied_from_the_right(layer: Layer, source: Source, other: Layer, targe
     Of one that is not square the shape tells.
     """
     kinds = (layer.kind, other.kind)
+    if kinds == ("", "linear") and len(source.shape) == 2:
+        return _multiplies_from_the_right(layer.module, source.name.rpartition(".")[2])
     lone = source.name if layer.kind == "parameter" else target.name
     return (
         len(source.shape) == 2
         and set(kinds) == {"parameter", "linear"}
         and "weight" not in lone.rpartition(".")[2]
     )
+
+
+def _multiplies_from_the_right(module: tnn.Module, weight: str) -> bool:
+    """Whether a layer of the user's own computes ``x @ weight``: it is called, and tells."""
+    try:
+        alone = copy.deepcopy(module).double()
+        square = torch.nn.init.normal_(getattr(alone, weight))
+        for name, tensor in alone.named_parameters():
+            if name != weight:
+                torch.nn.init.zeros_(tensor)
+        x = torch.randn(1, 3, len(square), dtype=torch.float64)
+        with torch.no_grad():
+            return bool(torch.allclose(alone(x), x @ square))
+    except Exception:  # it takes something else than one array
+        return False
 
 
 def _permutation(layer: Layer, source: Source, target: Source, axes: tuple[int, ...]) -> Link:
@@ -367,16 +392,30 @@ def _complete(
     parameters = dict(reference.named_parameters())
     left = [n for n in have if n not in {link.port for link in links}]
     homeless = [n for n in lost if n in parameters and n not in excused]
+    hidden = _hidden(port)
+    fixed = [
+        n
+        for n in homeless
+        if not parameters[n].requires_grad and tuple(tensors[n].shape) in hidden.values()
+    ]
+    homeless = [n for n in homeless if n not in fixed]
     if homeless:
-        raise CarryError(_unmapped(homeless, left, tensors, have))
+        raise CarryError(_unmapped(homeless, left, tensors, have, hidden))
     trained = set(flat(port.trainable_parameters()))
     named = {line.split(" ")[0] for line in lacking}
-    over = [n for n in left if n in trained and n.rpartition(".")[0] not in named]
+    whole = [n for n in left if not mx.issubdtype(have[n].dtype, mx.floating)]
+    over = [
+        n for n in left if n in trained and n not in whole and n.rpartition(".")[0] not in named
+    ]
     lacking += [
         f"{n} {list(have[n].shape)} trains in the port and is nothing in the reference: start its "
         "name with an underscore if it is a constant"
         for n in over
     ]
+    if whole:
+        notes.append(f"whole numbers, which the port alone has: {', '.join(whole[:6])}")
+    if fixed:
+        notes.append(f"frozen, and constants of the port's own there: {', '.join(fixed[:6])}")
     constants = [n for n in lost if n not in parameters]
     if constants:
         notes.append(f"left as they are, the port holding none such: {', '.join(constants[:6])}")
@@ -399,8 +438,22 @@ def _lacked(layer: Layer, links: Sequence[Link]) -> bool:
     return any(s.name in reached for s in layer.tensors.values())
 
 
+def _hidden(port: mnn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays that are no parameters, since their names start with an underscore."""
+    return {
+        f"{path}.{name}" if path else name: tuple(value.shape)
+        for path, module in port_modules(port).items()
+        for name, value in module.items()
+        if name.startswith("_") and isinstance(value, mx.array)
+    }
+
+
 def _unmapped(
-    lost: Sequence[str], left: Sequence[str], tensors: Mapping[str, Any], have: Mapping[str, Any]
+    lost: Sequence[str],
+    left: Sequence[str],
+    tensors: Mapping[str, Any],
+    have: Mapping[str, Any],
+    hidden: Mapping[str, tuple[int, ...]],
 ) -> str:
     def some(names: Sequence[str], of: Mapping[str, Any]) -> str:
         shown = [f"  {n} {list(of[n].shape)}" for n in names[:8]]
@@ -409,6 +462,10 @@ def _unmapped(
     text = f"of the reference's weights these have no place in the port:\n{some(lost, tensors)}\n"
     if left:
         text += f"and of the port's these are left over:\n{some(left, have)}\n"
+    shapes = {tuple(tensors[n].shape) for n in lost}
+    unseen = [n for n, shape in hidden.items() if shape in shapes]
+    if unseen:
+        text += f"Of the same shape, and no parameters by their names: {', '.join(unseen[:4])}.\n"
     return text + (
         "Say which is which with map={reference name: port name}, a list of names where the port "
         "has split one; or give sanitize=, the port's own function from a state dict to its "
@@ -418,6 +475,36 @@ def _unmapped(
 
 
 # ------------------------------------------------------------------------- through sanitize
+
+
+def _through(
+    reference: tnn.Module, port: mnn.Module, sanitize: Sanitize, pairs: Pairs
+) -> FoundPlan:
+    """The plan that ``sanitize`` makes of the state dict, or of one in which a branch's name is
+    left out: published files often hold the weights of a model without its head.
+
+    Refused where weights of both sides are left over, since it was made for other names then.
+    """
+    first: CarryError | None = None
+    branches = [n for n, m in reference.named_children() if next(m.children(), None) is not None]
+    for branch in ("", *branches):
+
+        def renamed(weights: dict[str, Any], prefix: str = f"{branch}.") -> Any:
+            return sanitize({n.removeprefix(prefix): a for n, a in weights.items()})
+
+        try:
+            plan = _sanitized(reference, port, renamed if branch else sanitize, pairs)
+            filled = {link.port for link in plan.links}
+            empty = [n for n in flat(port.trainable_parameters()) if n not in filled]
+            lost = [n for n, _ in reference.named_parameters() if n in plan.ignored]
+            if not (empty and lost):
+                return plan
+            error = CarryError(f"sanitize leaves out {lost[0]}, and gives nothing for {empty[0]}")
+        except CarryError as raised:
+            error = raised
+        first = first or error
+    assert first is not None
+    raise first
 
 
 def _sanitized(
@@ -473,9 +560,15 @@ def _sanitized(
         for n in lost
     )
     left = frozenset(n for n in carried if n not in reached)
+    parameters = {n for n, _ in reference.named_parameters()}
+    holders = {s.rpartition(".")[0] for s in reached}
+    halved = sorted(n for n in left & parameters if n.rpartition(".")[0] in holders)
+    lacking += tuple(  # of a layer that the port has; a head that it has not is its own affair
+        f"{n} {list(carried[n].shape)} of the reference is nothing in the port" for n in halved
+    )
     notes: tuple[str, ...] = ()
-    if left:
-        notes = (f"sanitize leaves out {', '.join(sorted(left)[:6])}",)
+    if left - set(halved):
+        notes = (f"sanitize leaves out {', '.join(sorted(left - set(halved))[:6])}",)
     how = "carried through the port's sanitize"
     return FoundPlan(reference, port, tuple(links), how, lacking, notes, pairs, ignored=left)
 
