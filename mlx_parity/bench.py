@@ -25,7 +25,7 @@ from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Tensors, compare, jitter
 from mlx_parity.errors import CarryError
 from mlx_parity.localise import Called
-from mlx_parity.structure import leaves, replace
+from mlx_parity.structure import fresh, leaves, replace
 
 require_mlx()
 
@@ -99,7 +99,14 @@ class Bench:
         self.usual = copy.deepcopy(self.reference).to(torch.float32)
         rng = np.random.default_rng(0)
         flat = self._flat(self.inputs, self.kwargs)
-        self.points = [flat] if self.exact else [jitter(flat, rng) for _ in range(self.count)]
+        # What the port is not given, a mask or the sines of positions, it makes itself, exactly.
+        own = set(flat)
+        if self.called is not None:
+            own &= {_in_name(source) for source, _ in self.called.inputs.values()}
+        near = {k: a for k, a in flat.items() if k in own}
+        self.points = [flat]
+        if not self.exact:
+            self.points = [flat | jitter(near, rng) for _ in range(self.count)]
         first = self.run(self.oracle, self.points[0])
         self.cotangents = {
             k: np.ones(a.shape) if self.ones else rng.standard_normal(a.shape)
@@ -390,7 +397,7 @@ class _Recorded:
             name = self.places[place][0] if place in self.places else ""
             return floating[name].astype(array.dtype) if name in floating else array
 
-        args = replace({"args": self.called.args, "kwargs": self.called.kwargs}, own)
+        args = fresh(replace({"args": self.called.args, "kwargs": self.called.kwargs}, own))
         given = leaves(self.bench.port(*args["args"], **args["kwargs"]))
         return {name: given[place] for name, (place, _) in self.outputs.items()}
 
@@ -428,4 +435,4 @@ def _filled(inputs: Any, kwargs: Any, arrays: Mapping[str, Any]) -> tuple[Any, A
             return type(value)(walk(v, f"{name}.{i}") for i, v in enumerate(value))
         return value
 
-    return walk(inputs, "in.0"), walk(kwargs, "in.1")
+    return fresh((walk(inputs, "in.0"), walk(kwargs, "in.1")))

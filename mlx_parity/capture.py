@@ -19,7 +19,7 @@ import torch
 from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
-from mlx_parity.structure import is_floating, leaves, replace
+from mlx_parity.structure import fresh, is_floating, leaves, replace
 
 require_mlx()
 
@@ -89,7 +89,7 @@ def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Ite
     Each instance's class is a subclass of its own class, and its own again afterwards, whatever is
     raised in between.
     """
-    calls = Calls(tap)
+    calls = Calls(tap, _kept)
     paths = {id(module): path for path, module in modules.items()}
     classes: dict[type, type] = {}
 
@@ -100,7 +100,8 @@ def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Ite
             if path is None:  # a copy that was made meanwhile
                 return cls.__call__(self, *args, **kwargs)
             calls.enter(path)
-            return calls.leave(path, args, kwargs, cls.__call__(self, *args, **kwargs))
+            places, names = _kept(fresh((args, kwargs)))
+            return calls.leave(path, places, names, cls.__call__(self, *args, **kwargs))
 
         return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
@@ -122,14 +123,19 @@ def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Ite
 def reference_calls(modules: Mapping[str, tnn.Module], tap: Tap | None = None) -> Iterator[Calls]:
     """Within, every call of the reference's ``modules`` (by path) is recorded, and tapped."""
     calls = Calls(tap, _kept)
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []  # to the calls under way
     handles = []
 
     def before(path: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: calls.enter(path)
+        def hook(module: Any, args: Any, kwargs: Any) -> None:
+            calls.enter(path)
+            given.append(_kept(fresh((args, kwargs))))
+
+        return hook
 
     def after(path: str) -> Callable[..., Any]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-            return calls.leave(path, _kept(args), _kept(kwargs), output)
+            return calls.leave(path, *given.pop(), output)
 
         return hook
 
@@ -144,8 +150,14 @@ def reference_calls(modules: Mapping[str, tnn.Module], tap: Tap | None = None) -
 
 
 def _kept(value: Any) -> Any:
-    """A value as it is now: an operation in place may change it later."""
-    return replace(value, lambda place, a: a.detach().clone() if isinstance(a, torch.Tensor) else a)
+    """A value as it is now: an operation in place, ``y += x``, may change it later."""
+
+    def copied(place: str, array: Any) -> Any:
+        if isinstance(array, torch.Tensor):
+            return array.detach().clone()
+        return mx.array(array) if isinstance(array, mx.array) else array
+
+    return replace(value, copied)
 
 
 @dataclass
