@@ -35,8 +35,9 @@ def locate(
         for f in rung.findings
         if not f.ok and f.tensor.startswith(buffers)
     ]
+    unlike = any(f.verdict == "shape" for rung in report.rungs for f in rung.findings)
     try:
-        located = localise(climb, paired, loss, bool(failed), also)
+        located = localise(climb, paired, loss, bool(failed), also, unlike)
     except Exception as error:  # the verdict stands without the picture
         report.notes.append(f"the modules could not be read: {type(error).__name__}: {error}")
         return

@@ -37,7 +37,7 @@ from mlx_parity.layers import port_layers, reference_layers
 from mlx_parity.layout import Layout, pair_leaves
 from mlx_parity.pairing import Map, ModulePair, Pairs, Unpaired, match_layers, pair_modules
 from mlx_parity.sides import MLXSide, TorchSide
-from mlx_parity.structure import is_floating, leaves, replace
+from mlx_parity.structure import fresh, is_floating, leaves, replace
 
 require_mlx()
 
@@ -251,9 +251,12 @@ def _floats(found: Mapping[str, Any]) -> Results:
 
 
 def _schema(
-    session: _Session, theirs: Captured, ours: Captured
+    session: _Session, theirs: Captured, ours: Captured, unlike: bool = False
 ) -> tuple[list[_Tensor], dict[int, str]]:
-    """The tensors that can be compared, and why a pair has none."""
+    """The tensors that can be compared, and why a pair has none.
+
+    With ``unlike`` a module's only output counts in whatever shape: it is what differs.
+    """
     tensors: list[_Tensor] = []
     notes: dict[int, str] = {}
     for k, pair in enumerate(session.pairs):
@@ -276,7 +279,12 @@ def _schema(
                 ("out", _floats(leaves(a.output)), _floats(leaves(b.output))),
             ):
                 x = {p: v for p, v in x.items() if v.size and np.isfinite(v).all()}
-                for p, q, layout in pair_leaves(x, y, last):
+                paired = pair_leaves(x, y, last)
+                if unlike and len(x) == len(y) == 1 and not paired:
+                    (p, v), (q, w) = *x.items(), *y.items()
+                    same = tuple(range(v.ndim))
+                    paired = [(p, q, Layout(same, v.shape, v.shape, v.shape == w.shape))]
+                for p, q, layout in paired:
                     key = f"{kind} {k} {a.index} {p}"
                     tensors.append(_Tensor(key, kind, k, (a.key, p), (b.key, q), layout))
                     grads = (*a.key, p) in theirs.gradients and (*b.key, q) in ours.gradients
@@ -379,7 +387,7 @@ class _Isolated:
                 return wrt[self.reference_place[place]] + 0  # may be changed in place
             return array.to(side.dtype) if is_floating(array) else array
 
-        args = replace({"args": call.args, "kwargs": call.kwargs}, own)
+        args = fresh(replace({"args": call.args, "kwargs": call.kwargs}, own))
         with torch.enable_grad():
             output = leaves(module(*args["args"], **args["kwargs"]))
         prefix = self.pair.reference_path
@@ -412,7 +420,8 @@ class _Isolated:
                 key = self.port_place.get(place)
                 return array if key is None else arrays[key].astype(array.dtype)
 
-            args = replace({"args": self.port_call.args, "kwargs": self.port_call.kwargs}, own)
+            given = {"args": self.port_call.args, "kwargs": self.port_call.kwargs}
+            args = fresh(replace(given, own))
             output = leaves(run(*args["args"], **args["kwargs"]))
             return {t.key: output[t.port[1]] for t in self.outputs}
 
@@ -568,13 +577,15 @@ def localise(
     loss: str | None = None,
     isolated: bool = True,
     also: Sequence[Finding] = (),
+    unlike: bool = False,
 ) -> Located:
     """Read every pair of modules at nearby points of a climb and name the guilty ones.
 
     ``pairs`` is by the name of the system's module. ``loss`` is differentiated; None takes the sum
     of the outputs. ``isolated=False`` leaves out the second reading, which calls all of them again.
     ``also`` are findings of the ladder's own: the module that holds a buffer that differs while all
-    outputs agree is guilty too.
+    outputs agree is guilty too. ``unlike`` where an output has another shape: the first module with
+    such an output is looked for.
     """
     session = _Session(climb, pairs, loss)
     theirs = session.reference(climb.oracle, climb.point)
@@ -583,7 +594,7 @@ def localise(
     except Exception:  # MLX has many errors for what has no gradient
         session.differentiable = False
         ours = session.port(climb.point)
-    tensors, notes = _schema(session, theirs, ours)
+    tensors, notes = _schema(session, theirs, ours, unlike)
     located = Located(unpaired=tuple(u for found in pairs.values() for u in found.unpaired))
     if not session.differentiable:
         located.notes.append("the port has no gradient: only the forward pass was read")
@@ -623,7 +634,7 @@ def localise(
         for k, why in failed.items():
             readings[k].note = readings[k].note or why
     located.readings = sorted(readings.values(), key=lambda r: r.order)
-    located.guilty = _guilty(session, readings, tensors, theirs, ours)
+    located.guilty = _guilty(session, readings, tensors, theirs, ours, by_key)
     for finding in also:
         for guilty in _guilty_buffer(session, readings, tensors, theirs, ours, finding):
             if not any(g.pair is guilty.pair for g in located.guilty):
@@ -655,6 +666,7 @@ def _guilty(
     tensors: Sequence[_Tensor],
     theirs: Captured,
     ours: Captured,
+    by_key: Mapping[str, Finding],
 ) -> list[Guilty]:
     forward: dict[int, Finding] = {}
     backward: dict[int, Finding] = {}
@@ -668,6 +680,8 @@ def _guilty(
             forward[k] = r.forward
         if k in forward and _other_indices(session, k, theirs, ours):
             del forward[k]  # it was asked for something else: whoever calls it is to blame
+        if k in forward and _unheeded(session, k, readings, tensors, theirs, by_key):
+            del forward[k]  # what it lacks is done by its caller, or nobody asks for it
     found: list[Guilty] = []
     for direction, suspects in (("forward", forward), ("backward", backward)):
         if direction == "backward" and found:
@@ -707,6 +721,41 @@ def _other_indices(session: _Session, k: int, theirs: Captured, ours: Captured) 
     if [a.shape for a in found[0]] != [a.shape for a in found[1]]:
         return False
     return any(not np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def _unheeded(
+    session: _Session,
+    k: int,
+    readings: Mapping[int, Reading],
+    tensors: Sequence[_Tensor],
+    theirs: Captured,
+    by_key: Mapping[str, Finding],
+) -> bool:
+    """Whether nobody minds that a module's outputs differ: a port may scale its embedding one line
+    later, outside of it, or give the scores for the weights where its caller drops both.
+
+    Who reads an output holds the very same numbers in the reference; where no module does, what
+    contains the module tells.
+    """
+    around = [j for j in readings if j != k and _inside(session, k, j)]
+    within = {j for j in readings if j == k or _inside(session, j, k)}
+    nearest = max(around, key=lambda j: len(session.name("reference", j)), default=None)
+    bad = [t for t in tensors if t.pair == k and t.kind == "out" and not by_key[t.key].ok]
+    for t in bad:
+        given = numpy_of(_get(theirs, t.reference, "out"))
+        read = [
+            by_key[s.key].ok
+            for s in tensors
+            if s.pair not in within
+            and (s.kind == "in" or (s.kind == "out" and s.pair in around))
+            and np.array_equal(numpy_of(_get(theirs, s.reference, s.kind)), given)
+        ]
+        if not read and nearest is not None:
+            whole = readings[nearest].forward
+            read = [whole is not None and whole.ok]
+        if not read or not all(read):
+            return False
+    return bool(bad)
 
 
 def _harmless(readings: Mapping[int, Reading], k: int, finding: Finding) -> bool:

@@ -87,6 +87,11 @@ class TorchSide:
             cast = torch.autocast("cpu", dtype=autocast, cache_enabled=False)
             self.system = _within(self.system, cast)
 
+    @property
+    def _in_double(self) -> str:
+        """What a model that only runs in float32 raises about."""
+        return " in float64, in which it is the oracle" if self.dtype == torch.float64 else ""
+
     @classmethod
     def usual(cls, case: Case, shape: Shape) -> TorchSide:
         """The yardstick: PyTorch in the precision of the port, with MLX's ``erf``."""
@@ -124,7 +129,7 @@ class TorchSide:
         inputs = {n: self._input(point[n], grad=True) for n in names}
         found: Results = {}
         if self.system.forward is not None:
-            with blame("reference", "in its forward pass"):
+            with blame("reference", f"in its forward pass{self._in_double}"):
                 outputs = self.system.forward(**inputs)
             for name, value in outputs.items():
                 found[f"forward {name}"] = _array(value)

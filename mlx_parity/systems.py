@@ -94,6 +94,7 @@ class _Builders:
         self.directions = {
             a: f"direction{i}"
             for i, a in enumerate(agreed.cotangents if self.losses[0] is None else ())
+            if agreed.loss is not None
         }
 
     def _names(self) -> list[str]:

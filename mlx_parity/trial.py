@@ -45,13 +45,16 @@ class Agreement:
     """By the reference's name of a floating output: what it is projected on where no loss is."""
     discrete: list[str] = field(default_factory=list)
     """Outputs that are no real numbers."""
+    unlike: list[str] = field(default_factory=list)
+    """Floating outputs that have another shape in the port: no loss can be made of both."""
     drawn: str | None = None
     """An output of the port that differs between two calls, if there is one."""
 
     @property
     def loss(self) -> str | None:
-        """The name of the scalar that is differentiated; there is none of discrete outputs."""
-        return "loss" if self.cotangents else None
+        """The name of the scalar that is differentiated; there is none of discrete outputs, nor of
+        outputs of which one has another shape."""
+        return "loss" if self.cotangents and not self.unlike else None
 
 
 def say(name: str) -> str:
@@ -89,6 +92,10 @@ def agree(subject: Subject) -> Agreement:
             agreement.cotangents[a] = rng.standard_normal(theirs[a].shape).astype(np.float32)
         else:
             agreement.discrete.append(a)
+    laid_out = {
+        a: channels_first(ours[b]) if say(a) in found else ours[b] for b, a in outputs.items()
+    }
+    agreement.unlike = [a for a in agreement.cotangents if laid_out[a].shape != theirs[a].shape]
     once, again = (_port_call(subject, agreement.images) for _ in range(2))
     drawn = [n for n in once if not np.array_equal(once[n], again[n], equal_nan=True)]
     agreement.drawn = drawn[0] if drawn else None
