@@ -21,6 +21,7 @@ from mlx_parity.counterfactual.modules import of_children, of_mode, of_settings,
 from mlx_parity.counterfactual.tracing import (
     Trace,
     of_calls,
+    of_given_rotations,
     of_neighbours,
     of_other_tensors,
     of_rotations,
@@ -37,6 +38,7 @@ def alternatives(
     if backward:
         found += of_parameters(module)
     found += of_rotations(trace)
+    found += of_given_rotations(trace)
     found += of_neighbours(trace)
     found += of_children(module)
     settings = list(of_settings(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +16,13 @@ def _add(call: Call) -> Proposals:
     a, b = call.args[0], call.args[1] if len(call.args) > 1 else None
     if not (isinstance(a, T) and isinstance(b, T)):
         return
-    if _spans(a, b):
+    if _like_a_mask(b, a):
+        yield from _masked()
+    elif _spans(a, b):
         yield Change("residual-dropped", "the second summand is missing", lambda c: c.args[0] * 1)
     if _spans(b, a):
         yield Change("residual-dropped", "the first summand is missing", lambda c: c.args[1] * 1)
     yield Change("residual-dropped", "a difference for a sum", lambda c: c.args[0] - c.args[1])
-    if _like_a_mask(b, a):
-        yield Change(
-            "attention-mask",
-            "the mask's last two axes exchanged",
-            lambda c: c.args[0] + c.args[1].transpose(-1, -2),
-        )
-        yield Change(
-            "attention-mask", "the opposite mask", lambda c: c.args[0] + opposite(c.args[1])
-        )
     for i, said in ((1, "second"), (0, "first")):
         yield Change(
             "scale-factor",
@@ -38,13 +32,37 @@ def _add(call: Call) -> Proposals:
         )
 
 
+def _masked() -> Proposals:
+    """What is done instead of adding a mask to the scores."""
+
+    def exchanged(mask: T) -> T:
+        return mask.transpose(-1, -2)
+
+    def shifted(by: int) -> Callable[[T], T]:
+        """Each query sees a key more, or one less; the first key stays as it is for the first."""
+
+        def shift(mask: T) -> T:
+            moved = mask.roll(by, -1)
+            return torch.cat([mask[..., :1, :1].expand_as(mask[..., :1]), moved[..., 1:]], -1)
+
+        return shift
+
+    yield Change("attention-mask", "no mask", lambda c: c.args[0] * 1)
+    for said, change in (
+        ("the mask's last two axes exchanged", exchanged),
+        ("the opposite mask", opposite),
+        ("a key more for each query", shifted(1)),
+        ("a key less for each query", shifted(-1)),
+    ):
+        yield Change("attention-mask", said, lambda c, f=change: c.args[0] + f(c.args[1]))
+
+
 def _like_a_mask(mask: T, scores: T) -> bool:
-    """Whether a summand is added to every row, or column, of scores: it holds two values."""
-    return (
-        mask.ndim == scores.ndim > 2
-        and scores.shape != mask.shape
-        and len(torch.unique(mask.detach())) == 2
-    )
+    """Whether a summand is added to every row, or column, of scores: zeros and what is far below."""
+    if not mask.ndim == scores.ndim > 2 or scores.shape == mask.shape:
+        return False
+    hidden = mask < -50
+    return bool(hidden.any() and (mask == 0).any() and (hidden | (mask == 0)).all())
 
 
 def _mul(call: Call) -> Proposals:

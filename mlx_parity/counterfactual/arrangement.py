@@ -125,6 +125,18 @@ def _repeat(call: Call) -> Proposals:
         )
 
 
+def _expand(call: Call) -> Proposals:
+    """A new axis behind another, to be merged with it: each head several times, or all in turn."""
+    x, y = call.x, call.run()
+    for axis in range(1, x.ndim) if isinstance(y, T) and y.ndim == x.ndim else ():
+        if x.shape[axis] == 1 < y.shape[axis] and y.shape[axis - 1] > 1:
+            yield Change(
+                "repeat-interleaves",
+                "the whole repeated, not each element",
+                lambda c, a=axis: c.run().transpose(a - 1, a).reshape(c.run().shape),
+            )
+
+
 def _topk(call: Call) -> Proposals:
     k, dim = call.args[1], call.get("dim", call.args[2] if len(call.args) > 2 else -1)
     yield Change("topk-order", "the smallest for the largest", lambda c: c.x.topk(k, dim, False))
@@ -243,6 +255,7 @@ PROPOSALS: dict[str, Proposer] = {
     **dict.fromkeys(("chunk", "split", "unbind"), _chunk),
     **dict.fromkeys(("flatten", "reshape", "view", "unflatten"), _flatten),
     **dict.fromkeys(("repeat", "tile", "repeat_interleave"), _repeat),
+    "expand": _expand,
     **dict.fromkeys(("transpose", "permute", "swapaxes"), _permuted),
     **dict.fromkeys(("argmax", "argmin"), _extreme),
     "__getitem__": _getitem,

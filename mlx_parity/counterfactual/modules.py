@@ -85,7 +85,7 @@ def of_children(module: tnn.Module) -> Iterator[Alternative]:
 
 
 _HEADS = ("head", "group")
-_NAMED = {"scale": "attention-scale", "eps": "norm-eps", "slope": "activation-slope"}
+_NAMED = {"scal": "attention-scale", "eps": "norm-eps", "slope": "activation-slope"}
 """What a setting is about, by a word in its name."""
 _LARGE = 100.0
 """From here on a setting is looked for by its logarithm: the base of rotary positions."""
@@ -186,6 +186,7 @@ def of_whole(module: tnn.Module) -> Iterator[Alternative]:
             wrapped(lambda f, x, i=into, b=back: b(f(i(x)))),
         )
 
+    yield Alternative("layer-order", "the whole of it skipped", wrapped(lambda f, x: x))
     for kind in ("sigmoid", "tanh", "relu"):
         yield Alternative(
             "activation-kind",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn as tnn
@@ -327,6 +328,165 @@ def of_rotations(trace: Trace) -> Iterator[Alternative]:
         yield Alternative(
             "rotary-layout", "pairs of neighbours for halves", functools.partial(_changed, paired)
         )
+
+
+def of_given_rotations(trace: Trace) -> Iterator[Alternative]:
+    """Rotary positions whose cosines and sines were given: ``x * cos + half(x) * sin``, where
+    ``half`` gives the second half of the last axis, negated, before the first."""
+    found = list(_rotations(trace))
+    if not found:
+        return
+    names = ("q", "k") if len(found) == 2 else tuple(map(_ordinal, range(1, len(found) + 1)))
+    subsets = [("", found)] if len(found) == 1 else []
+    if len(found) > 1:
+        subsets = [
+            ("", found),
+            *((f", in {n} alone", [f]) for n, f in zip(names, found, strict=True)),
+        ]
+
+    def of(some: Sequence[_Rotation], change: Callable[[_Rotation], Changes]) -> Callable[..., Any]:
+        return functools.partial(_changed, {i: f for r in some for i, f in change(r).items()})
+
+    for where, some in subsets:
+        for said, trap, change in (
+            ("pairs of neighbours for halves", "rotary-layout", _of_neighbours),
+            ("no rotation", "position-offset", _unrotated),
+            ("the rotation turned back", "position-offset", _turned_back),
+        ):
+            yield Alternative(trap, f"{said}{where}", of(some, change))
+    cos, sin = (trace.recorded[n].args[1] for n in (found[0].by_cos, found[0].by_sin))
+    for trap, start, spoken, angles in _ANGLES:
+
+        def at(
+            number: float, trap: str = trap, spoken: Any = spoken, angles: Any = angles
+        ) -> Alternative:
+            what = spoken(number, _base(cos, sin))
+            return Alternative(trap, what, of(found, lambda r: _turned(angles, number, r)))
+
+        yield Alternative(trap, "", at(start).within, (start, False), at)
+
+
+Changes = dict[int, Callable[[Call], Any]]
+
+
+class _Rotation(NamedTuple):
+    """The calls of one rotation by their numbers."""
+
+    by_cos: int
+    halves: tuple[int, ...]
+    by_sin: int
+    sum: int
+
+
+def _rotations(trace: Trace) -> Iterator[_Rotation]:
+    calls, results = trace.recorded, trace.results
+    for i, call in enumerate(calls):
+        if call.name not in ("cat", "concat"):
+            continue
+        by_sin = next((n for n in _times(trace) if calls[n].x is results[i]), None)
+        last = by_sin is not None and next(
+            (
+                n
+                for n, c in enumerate(calls)
+                if c.name == "add" and len(c.args) > 1 and c.args[1] is results[by_sin]
+            ),
+            None,
+        )
+        if by_sin is None or not last:
+            continue
+        by_cos = next((n for n in _times(trace) if calls[last].x is results[n]), None)
+        if by_cos is None or calls[by_cos].args[1].shape != calls[by_sin].args[1].shape:
+            continue
+        x = calls[by_cos].x
+        halves = tuple(n for n in range(i) if calls[n].x is x and _is_half(calls[n]))
+        if halves:
+            yield _Rotation(by_cos, halves, by_sin, last)
+
+
+def _times(trace: Trace) -> Iterator[int]:
+    for n, call in enumerate(trace.recorded):
+        if call.name == "mul" and len(call.args) > 1 and isinstance(call.args[1], T):
+            yield n
+
+
+def _is_half(call: Call) -> bool:
+    return call.name == "chunk" or (call.name == "__getitem__" and _half(call) is not None)
+
+
+def _of_neighbours(r: _Rotation) -> Changes:
+    """The channels put into halves first, and back into pairs of neighbours behind the sum."""
+
+    def first(c: Call) -> Any:
+        return c.func(torch.cat([c.x[..., ::2], c.x[..., 1::2]], -1), *c.args[1:], **c.kwargs)
+
+    def back(c: Call) -> Any:
+        return torch.stack(c.run().chunk(2, -1), -1).flatten(-2)
+
+    return dict.fromkeys((r.by_cos, *r.halves), first) | {r.sum: back}
+
+
+def _unrotated(r: _Rotation) -> Changes:
+    return {r.by_cos: lambda c: c.x * 1, r.by_sin: lambda c: c.run() * 0}
+
+
+def _turned_back(r: _Rotation) -> Changes:
+    return {r.by_sin: lambda c: -c.run()}
+
+
+def _turned(angles: Callable[[T, T, float], T], number: float, r: _Rotation) -> Changes:
+    """Other angles, computed from the cosines and sines that were given."""
+    kept: list[Call] = []
+
+    def first(c: Call) -> Any:
+        kept[:] = [c]
+        return c.x * 0
+
+    def both(c: Call) -> Any:
+        cos, sin = kept[0].args[1], c.args[1]
+        turned = angles(*_frequencies(cos, sin), number)
+        strength = torch.sqrt(cos**2 + sin**2)  # some scale both
+        return strength * (kept[0].x * torch.cos(turned) + c.x * torch.sin(turned))
+
+    return {r.by_cos: first, r.by_sin: both}
+
+
+def _frequencies(cos: T, sin: T) -> tuple[T, T]:
+    """Positions from the first, and the angle of each channel from one position to the next."""
+    turn = torch.atan2(sin, cos)
+    step = turn[..., 1:2, :] - turn[..., :1, :] if cos.shape[-2] > 1 else turn
+    step = torch.remainder(step + math.pi, 2 * math.pi) - math.pi
+    positions = torch.arange(cos.shape[-2], dtype=cos.dtype)[:, None]
+    return positions + turn[..., :1, :1] / step[..., :1], step
+
+
+def _base(cos: T, sin: T) -> float:
+    """The base of which the channels' frequencies are powers, about."""
+    _, step = _frequencies(cos, sin)
+    half = step.shape[-1] // 2
+    return float(step.flatten()[1].abs() ** -half) if half > 1 else math.nan
+
+
+_ANGLES: tuple[tuple[str, float, Callable[[float, float], str], Callable[..., T]], ...] = (
+    (
+        "rotary-base",
+        1.0,
+        lambda t, base: f"a rotary base of about {base**t:.2g} for {base:.2g}",
+        lambda positions, step, t: positions * step.abs() ** t * step.sign(),
+    ),
+    (
+        "position-offset",
+        0.0,
+        lambda s, base: f"positions {s:+.6g}",
+        lambda positions, step, s: (positions + s) * step,
+    ),
+    (
+        "position-offset",
+        1.0,
+        lambda s, base: f"positions times {s:.6g}",
+        lambda positions, step, s: positions * s * step,
+    ),
+)
+"""Trap, the original's number, how it is said, and the angles that a number makes."""
 
 
 def _halves_last(parts: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -146,6 +147,38 @@ class PositionOffset(Trap):
     @staticmethod
     def fixed(x: A, table: A) -> A:
         return x + table[mx.arange(4, 7)]
+
+
+class RotaryBase(Trap):
+    """Rotary positions whose base is not the original's.
+
+    ``nn.RoPE`` has 10,000 unless it is told; language models have 500,000 or 1,000,000, under
+    ``rope_theta`` or ``rope_parameters`` in their settings, and some another for each kind of
+    layer. The first positions, and the first channels, hardly show it.
+    """
+
+    id = "rotary-base"
+    title = "Rotary positions have another base"
+    fix = "nn.RoPE(dims, base=rope_theta) with the original's, which may differ from layer to layer"
+    error = 0.114
+    shapes = arrays(x=(1, 1, 7, 8))
+
+    @staticmethod
+    def reference(x: T) -> T:
+        angles = torch.arange(7, dtype=x.dtype)[:, None] * 500_000.0 ** (
+            -torch.arange(4, dtype=x.dtype) / 4
+        )
+        a, b = x.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    @staticmethod
+    def naive(x: A) -> A:
+        return nn.RoPE(8)(x)
+
+    @staticmethod
+    def fixed(x: A) -> A:
+        return nn.RoPE(8, base=500_000.0)(x)
 
 
 class AnotherTensor(Trap):
