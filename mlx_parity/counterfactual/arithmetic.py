@@ -58,7 +58,7 @@ def _masked() -> Proposals:
 
 
 def _like_a_mask(mask: T, scores: T) -> bool:
-    """Whether a summand is added to every row, or column, of scores: zeros and what is far below."""
+    """Whether a summand is spread over scores' rows or columns: zeros and what is far below."""
     if not mask.ndim == scores.ndim > 2 or scores.shape == mask.shape:
         return False
     hidden = mask < -50
