@@ -428,7 +428,7 @@ def compare(
                     if name in found:
                         sums[name].add_usual(right[name], found[name])
                 del found
-            del right
+            del right, judged  # the same, where every tensor is judged
         if pending is None and rough is not None:
             scales = _scales(sums, place)
         pending = set()

@@ -303,19 +303,17 @@ class Climb:
         if not self.port.system.modules:
             return []
         port, other = self.port, MLXSide(self.case, self.shape, self.usual.system)
-        port.load(self.point)
         has_step = port.system.step is not None
+        port.begin(self.point)
         if has_step:
-            port.train(self.point, self.names, 1)
+            port.take(self.point, self.names, 0)
         with tempfile.TemporaryDirectory() as folder:
             port.save(Path(folder))
             other.reload(Path(folder))
         wrong = [f"after reloading, {d}" for d in _unequal(port.tensors(), other.tensors())]
         if has_step and not wrong:
             for side in (port, other):
-                arrays = (side._input(n, self.point[at_step(n, 1)]) for n in self.names)
-                losses = side.system.step(*side.stateful, *arrays)  # type: ignore[misc]
-                mx.eval(losses, [s.state for s in side.stateful])
+                side.take(self.point, self.names, 1)
             wrong = [
                 f"one step after reloading, {d}" for d in _unequal(port.tensors(), other.tensors())
             ]
@@ -323,7 +321,7 @@ class Climb:
 
     def compiled(self) -> Rung:
         """Compiled equals uncompiled, and is traced once. Not for use inside an example."""
-        if not self.structure()[0].ok:
+        if not hasattr(self, "port") and not self.structure()[0].ok:
             return Rung("compiled", False, message="the structure differs")
         traces: dict[str, int] = {}
 

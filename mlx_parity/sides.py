@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,34 +177,37 @@ class TorchSide:
                 for optimizer, kept in zip(optimizers.values(), rates, strict=True):
                     for group, rate in zip(optimizer.param_groups, kept, strict=True):
                         group["lr"] = rate
+            last = i == steps - 1
             if "trajectory" in tell:
                 for name, loss in zip(self.system.losses, losses, strict=True):
                     found[f"trajectory {name} {i}"] = _array(loss)
+            moments = self._moments(last) if i == 0 and "moments" in tell else {}
+            if last:  # three copies of the model, which would stand beside those that are told of
+                for optimizer in optimizers.values():
+                    optimizer.state.clear()
+                    optimizer.zero_grad()
             if i == 0 and "update" in tell:
                 found |= self._update(point)
-            if i == 0 and "moments" in tell:
-                found |= self._moments()
+            found |= moments
         if "trajectory" in tell:
             for name, tensor in self.tensors().items():
                 found[f"trajectory {name}"] = _array(tensor)
-        for optimizer in optimizers.values():  # three copies of a model that waits for its turn
-            optimizer.state.clear()
-            optimizer.zero_grad()
         return found
 
     def _update(self, point: Tensors) -> Results:
         return {
-            f"update {name}": np.subtract(_array(tensor), point[name], dtype=np.float64)
+            f"update {name}": np.subtract(_view(tensor), point[name], dtype=np.float64)
             for name, tensor in self.tensors().items()
         }
 
-    def _moments(self) -> Results:
+    def _moments(self, last: bool) -> Results:
+        """The optimizer's moments; no copies if it takes no further step."""
         found: Results = {}
         for m, optimizer in self.system.optimizers.items():
             for name, parameter in self.system.modules[m].named_parameters():
                 for key, state in optimizer.state.get(parameter, {}).items():
                     if key in OPTIMIZER_STATE and state is not None:
-                        found[f"update {m}.{name} {key}"] = _array(state)
+                        found[f"update {m}.{name} {key}"] = (_view if last else _array)(state)
         return found
 
 
@@ -228,7 +231,11 @@ class MLXSide:
         for m, optimizer in self.system.optimizers.items():
             optimizer.init(self.system.modules[m].trainable_parameters())
         self.stateful = [*self.system.modules.values(), *self.system.optimizers.values()]
-        self._fresh = {m: flat(o.state) for m, o in self.system.optimizers.items()}
+        self._fresh = {
+            m: {k: _packed(value) for k, value in flat(o.state).items()}
+            for m, o in self.system.optimizers.items()
+        }
+        self._reset()
         self._moment_names = {
             m: _moment_names(reference.optimizers[m]) for m in self.system.optimizers
         }
@@ -276,9 +283,11 @@ class MLXSide:
             for name, value in outputs.items():
                 found[f"forward {name}"] = self._output(name, value)
             for m, module in self.system.modules.items():
-                arrays = {k: _array(v) for k, v in flat(module.parameters()).items()}
-                parameters = dict(self.plans[m].reference.named_parameters())
-                for name, value in self.plans[m].values(arrays).items():
+                plan = self.plans[m]
+                parameters = dict(plan.reference.named_parameters())
+                buffers = {k.port for k in plan.links if not parameters.keys() >= {*k.sources}}
+                arrays = {k: _view(v) for k, v in flat(module.parameters()).items() if k in buffers}
+                for name, value in plan.values(arrays).items():
                     if name not in parameters:
                         found[f"forward {m}.{name}"] = value
         for name, loss in self.system.losses.items():
@@ -303,6 +312,7 @@ class MLXSide:
                 arrays = {k: _view(g) for k, g in flat(of_parameters[m]).items()}
                 for n, g in self.plans[m].to_reference(arrays).items():
                     found[f"gradients {name}/{m}.{n}"] = g
+        self._rest()
         return found
 
     def _differentiated(self, loss: Loss, inputs: Mapping[str, mx.array]) -> Callable[..., Any]:
@@ -342,19 +352,10 @@ class MLXSide:
 
         MLX's random state is seeded, so that steps that draw draw alike compiled and not.
         """
-        assert self.system.step is not None
-        take = step or (lambda *inputs: self.system.step(*self.stateful, *inputs))  # type: ignore[misc]
-        self.load(point)
-        for m, optimizer in self.system.optimizers.items():
-            restore_tree(optimizer.state, self._fresh[m])
-        mx.random.seed(0)
-        state = [s.state for s in self.stateful]
+        self.begin(point)
         found: Results = {}
         for i in range(steps):
-            arrays = [self._input(n, point[at_step(n, i)]) for n in names]
-            with blame("port", "in its training step"):
-                losses = take(*arrays)
-                mx.eval(losses, state)
+            losses = self.take(point, names, i, step)
             if "trajectory" in tell:
                 for name, loss in zip(self.system.losses, losses, strict=True):
                     found[f"trajectory {name} {i}"] = _array(loss)
@@ -365,13 +366,53 @@ class MLXSide:
         if "trajectory" in tell:
             for name, tensor in self.tensors().items():
                 found[f"trajectory {name}"] = tensor
+        self._rest()
         return found
+
+    def begin(self, point: Tensors) -> None:
+        """As before the first step."""
+        self._reset()
+        self.load(point)
+        mx.random.seed(0)
+
+    def take(
+        self,
+        point: Tensors,
+        names: Sequence[str],
+        i: int,
+        step: Callable[..., Sequence[mx.array]] | None = None,
+    ) -> Sequence[mx.array]:
+        """Training step ``i``; its losses."""
+        assert self.system.step is not None
+        take = step or partial(self.system.step, *self.stateful)
+        arrays = [self._input(n, point[at_step(n, i)]) for n in names]
+        with blame("port", "in its training step"):
+            losses = take(*arrays)
+            mx.eval(losses, [s.state for s in self.stateful])
+        return losses
+
+    def _reset(self) -> None:
+        """The optimizers as they were made."""
+        for m, optimizer in self.system.optimizers.items():
+            restore_tree(optimizer.state, {k: make() for k, make in self._fresh[m].items()})
+
+    def _rest(self) -> None:
+        """Hold no moments and no weights until a point is loaded; weights read meanwhile are NaN.
+
+        Of a model trained with Adam they are three copies, while the other side trains.
+        """
+        self._reset()
+        for plan in self.plans.values():
+            loaded = {link.port for link in plan.links}
+            held = [(k, a) for k, a in flat(plan.port.parameters()).items() if k in loaded]
+            nothing = [(k, mx.full(a.shape, math.nan, a.dtype)) for k, a in held]
+            plan.port.update(tree_unflatten(nothing))
 
     def tensors(self) -> Results:
         """Every parameter and buffer as ``module.tensor``, under the reference's names."""
         found: Results = {}
         for m, plan in self.plans.items():
-            arrays = {k: _array(v) for k, v in flat(plan.port.parameters()).items()}
+            arrays = {k: _view(v) for k, v in flat(plan.port.parameters()).items()}
             found |= {f"{m}.{n}": a for n, a in plan.values(arrays).items()}
         return found
 
@@ -388,7 +429,7 @@ class MLXSide:
             for key in self._moment_names[m]:
                 ours = OPTIMIZER_STATE[key]
                 arrays = {
-                    k.removesuffix(f".{ours}"): _array(v)
+                    k.removesuffix(f".{ours}"): _view(v)
                     for k, v in state.items()
                     if k.endswith(f".{ours}")
                 }
@@ -455,14 +496,24 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _view(value: Any) -> np.ndarray:
-    """As :func:`_array`, without a copy where that will do: nobody changes a gradient in place."""
+    """As :func:`_array`, without a copy: of what nobody changes in place, as any array of MLX's."""
     if isinstance(value, torch.Tensor):
-        return _array(value) if value.dtype not in (torch.float32, torch.float64) else value.numpy()
+        whole = value.dtype in (torch.float32, torch.float64)
+        return value.detach().cpu().numpy() if whole else _array(value)
     return np.asarray(value.astype(mx.float32))
 
 
 def _of(module: str, name: str) -> bool:
     return name.startswith(f"{module}.")
+
+
+def _packed(value: Any) -> Callable[[], Any]:
+    """What makes ``value`` again: moments begin as zeros, not worth the memory of two models."""
+    if isinstance(value, mx.array) and value.size > 1:
+        first = mx.array(value.reshape(-1)[0].item(), value.dtype)  # no view, which holds them all
+        if mx.all(value == first):
+            return partial(mx.full, value.shape, first)
+    return lambda: value
 
 
 def restore_tree(tree: Any, flat: Mapping[str, mx.array]) -> None:

@@ -108,6 +108,7 @@ def judge(
             report.rungs.append(flipped[1])
             if not flipped[1].ok:
                 climb = flipped[0]
+        del flipped  # three more models
 
     if ok() and gradients and course.reaches("optimizer step"):
         if climb.usual.system.step is not None:
