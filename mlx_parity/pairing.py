@@ -19,7 +19,7 @@ from torch import nn as tnn
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.errors import CarryError
-from mlx_parity.layers import Layer, plain_path, port_modules
+from mlx_parity.layers import Layer, Source, plain_path, port_modules
 from mlx_parity.names import Name, alike, letters, overlap, words
 
 require_mlx()
@@ -234,21 +234,21 @@ def _by_parts(fused: list[Layer], parts: list[Layer]) -> list[tuple[Layer, list[
     """
     options: list[tuple[Any, Layer, list[Layer]]] = []
     for one in fused:
-        weight = one.tensors.get("weight")
-        if weight is None or len(weight.shape) != 2:
+        weight = _matrix(one)
+        if weight is None:
             continue
         siblings: dict[str, list[Layer]] = defaultdict(list)
         for p in parts:
+            part = _matrix(p)
             if (
-                "weight" in p.tensors
-                and len(p.tensors["weight"].shape) == 2
-                and p.tensors["weight"].shape[1] == weight.shape[1]
-                and set(p.tensors) == set(one.tensors)
+                part is not None
+                and (*part.shape[:-2], part.shape[-1]) == (*weight.shape[:-2], weight.shape[-1])
+                and (set(p.tensors) == set(one.tensors) or len(p.tensors) == len(one.tensors) == 1)
             ):
                 siblings[p.path if p.part else p.path.rpartition(".")[0]].append(p)
         name, spoken = Name(one.name), letters(one.name)
         for group in siblings.values():
-            for several in _windows(group, weight.shape[0]):
+            for several in _windows(group, weight.shape[-2]):
                 same = name.numbers == Name(several[0].name).numbers
                 theirs = frozenset().union(*(letters(p.name) for p in several))
                 agree = overlap(spoken, theirs) if spoken or theirs else 0.5
@@ -264,6 +264,18 @@ def _by_parts(fused: list[Layer], parts: list[Layer]) -> list[tuple[Layer, list[
     return found
 
 
+def _matrix(layer: Layer) -> Source | None:
+    """The weight of a layer that several may be fused into: a matrix, or one for each expert, which
+    a parameter alone may be too. A convolution's three dimensions are no experts."""
+    if layer.kind == "parameter":
+        (source,) = layer.tensors.values()
+        return source if len(source.shape) == 3 else None
+    weight = layer.tensors.get("weight")
+    if weight is None:
+        return None
+    return weight if len(weight.shape) == 2 or (len(weight.shape) == 3 and not layer.kind) else None
+
+
 def _windows(group: list[Layer], rows: int) -> Iterator[list[Layer]]:
     """Runs of two or more siblings whose rows add up, in the order of query, key, value."""
 
@@ -275,9 +287,12 @@ def _windows(group: list[Layer], rows: int) -> Iterator[list[Layer]]:
         for start in range(len(ordered)):
             total = 0
             for stop in range(start, len(ordered)):
-                total += ordered[stop].tensors["weight"].shape[0]
-                if total == rows and stop > start:
-                    yield ordered[start : stop + 1]
+                matrix = _matrix(ordered[stop])
+                total += 0 if matrix is None else matrix.shape[-2]
+                window = ordered[start : stop + 1]
+                told = [place(p) for p in window]  # names beat the order of definition
+                if total == rows and stop > start and (max(told) == 9 or told == sorted(told)):
+                    yield window
                 if total >= rows:
                     break
 

@@ -340,35 +340,56 @@ def _recurrent(layer: Layer, other: Layer) -> list[Link]:
 
 
 def _split(layer: Layer, others: Sequence[Layer]) -> list[Link]:
-    """Rows of one matrix, in turn, to several of the port's."""
+    """Rows of one matrix, or of each expert's, in turn to several of the port's."""
     links = []
     for role, source in layer.tensors.items():
-        start = 0
+        axis, start = _rows_axis(layer), 0
         for other in others:
-            target = other.tensors[role]
-            rows = (start, start + target.shape[0])
-            part = Source(source.name, target.shape, rows)
-            links.append(_link(target.name, part, source.shape[0], lambda a: a, lambda g: g))
+            target = _counterpart(other, role)
+            rows = (start, start + target.shape[axis])
+            links.append(_cut(target.name, source, axis, rows))
             start = rows[1]
     return links
+
+
+def _rows_axis(layer: Layer) -> int:
+    """The dimension of the rows in all of a layer's tensors: biases have one dimension less."""
+    return max(len(s.shape) for s in layer.tensors.values()) - 2
+
+
+def _counterpart(layer: Layer, role: str) -> Source:
+    """The tensor of a role; a parameter alone has a name of its own."""
+    return layer.tensors[role] if role in layer.tensors else next(iter(layer.tensors.values()))
+
+
+def _cut(port: str, source: Source, axis: int, rows: tuple[int, int]) -> Link:
+    place = (*(slice(None),) * axis, slice(*rows))
+
+    def scatter(g: Array) -> tuple[Array]:
+        whole = np.zeros(source.shape, g.dtype)
+        whole[place] = g
+        return (whole,)
+
+    return Link(port, (source.name,), lambda a: a[place], scatter, partial=True)
 
 
 def _fused(layers: Sequence[Layer], other: Layer) -> list[Link]:
     """Several matrices of the reference, one below the other, to one of the port's."""
     links = []
     for role, target in other.tensors.items():
-        parts = [layer.tensors[role] for layer in layers]
+        parts = [_counterpart(layer, role) for layer in layers]
         names = tuple(dict.fromkeys(p.name for p in parts))
         if len(names) == 1:  # rows of one tensor, in its own order
             links.append(Link(target.name, names, lambda a: a, lambda g: (g,)))
             continue
-        at = [int(n) for n in np.cumsum([p.shape[0] for p in parts])[:-1]]
+        axis = _rows_axis(other)
+        at = [int(n) for n in np.cumsum([p.shape[axis] for p in parts])[:-1]]
         links.append(
             Link(
                 target.name,
                 names,
-                lambda *a: np.concatenate(a),
-                lambda g, at=at: tuple(np.split(g, at)),  # type: ignore[misc]
+                lambda *a, axis=axis: np.concatenate(a, axis),
+                lambda g, at=at, axis=axis: tuple(np.split(g, at, axis)),  # type: ignore[misc]
             )
         )
     return links

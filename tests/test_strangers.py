@@ -549,3 +549,72 @@ def test_attention_whose_rotation_and_mask_are_given_is_explained(fault: str, tr
 
 def test_attention_whose_rotation_and_mask_are_given_is_equal():
     check(RotatedModel(), RotatedModelPort(), X, until="gradients").assert_ok()
+
+
+class Experts(tnn.Module):
+    """All experts' matrices in one tensor, two of them fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj = tnn.Parameter(torch.randn(3, 12, DIM) / DIM**0.5)
+        self.down_proj = tnn.Parameter(torch.randn(3, DIM, 6) / 6**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.einsum("btd,ehd->ebth", x, self.gate_up_proj).chunk(2, -1)
+        return torch.einsum("ebth,edh->btd", torch.sigmoid(gate) * up, self.down_proj)
+
+
+class Switched(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((3, outputs, inputs))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.weight.swapaxes(-1, -2)[:, None]
+
+
+class ExpertsPort(nn.Module):
+    def __init__(self, swapped: bool = False) -> None:
+        super().__init__()
+        self.up_proj, self.gate_proj = Switched(DIM, 6), Switched(DIM, 6)
+        self.down_proj = Switched(6, DIM)
+        self.swapped = swapped
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = self.gate_proj(x[None]), self.up_proj(x[None])
+        if self.swapped:
+            gate, up = up, gate
+        return self.down_proj(mx.sigmoid(gate) * up).sum(0)
+
+
+class SplitExperts(tnn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = tnn.Parameter(torch.randn(3, 6, DIM) / DIM**0.5)
+        self.up_proj = tnn.Parameter(torch.randn(3, 6, DIM) / DIM**0.5)
+        self.down_proj = tnn.Parameter(torch.randn(3, DIM, 6) / 6**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (torch.einsum("btd,ehd->ebth", x, w) for w in (self.gate_proj, self.up_proj))
+        return torch.einsum("ebth,edh->btd", torch.sigmoid(gate) * up, self.down_proj)
+
+
+class FusedExpertsPort(nn.Module):
+    def __init__(self, swapped: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = Switched(DIM, 12), Switched(6, DIM)
+        self.swapped = swapped
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x[None]), 2, axis=-1)
+        if self.swapped:
+            gate, up = up, gate
+        return self.down_proj(mx.sigmoid(gate) * up).sum(0)
+
+
+@pytest.mark.parametrize(
+    ("reference", "port"), [(Experts, ExpertsPort), (SplitExperts, FusedExpertsPort)]
+)
+def test_experts_whose_matrices_are_fused_in_one_tensor_are_carried(reference: Any, port: Any):
+    check(reference(), port(), X).assert_ok()
+    assert check(reference(), port(swapped=True), X, until="gradients").verdict == "different"
