@@ -10,6 +10,8 @@ import torch
 from torch import nn as tnn
 
 from mlx_parity import check, lint
+from mlx_parity.ladder import Climb, Rung
+from mlx_parity.verdict import LARGER
 
 WORDS, DIM = 11, 8
 TOKENS = np.array([[1, 5, 2, 7], [3, 3, 9, 0]])
@@ -549,6 +551,121 @@ def test_attention_whose_rotation_and_mask_are_given_is_explained(fault: str, tr
 
 def test_attention_whose_rotation_and_mask_are_given_is_equal():
     check(RotatedModel(), RotatedModelPort(), X, until="gradients").assert_ok()
+
+
+class Capped(tnn.Module):
+    """Made with small weights, as published models are: its cap is far from what it caps."""
+
+    def __init__(self, std: float = 1e-4) -> None:
+        super().__init__()
+        self.up, self.down = (tnn.Linear(DIM, DIM, bias=False) for _ in range(2))
+        for layer in (self.up, self.down):
+            torch.nn.init.normal_(layer.weight, std=std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(2 * torch.tanh(self.up(x) / 2))
+
+
+class CappedPort(nn.Module):
+    def __init__(self, cap: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Linear(DIM, DIM, bias=False) for _ in range(2))
+        self.cap = cap
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.up(x)
+        return self.down(2 * mx.tanh(y / 2) if self.cap else y)
+
+
+@pytest.mark.parametrize("until", ["forward", "gradients"])
+@pytest.mark.parametrize("cap", [True, False])
+def test_a_cap_that_small_weights_never_reach_is_tried_with_larger_ones(cap: bool, until: str):
+    report = check(Capped(), CappedPort(cap), X, until=until)
+    assert report.ok == cap
+    assert [r.name for r in report.rungs if not r.ok] == ([] if cap else [LARGER])
+    assert LARGER in {r["rung"] for r in report.to_dict()["rungs"]}
+    assert LARGER in report.to_html()
+    assert [g.pair.reference_path for g in report.guilty] == ([] if cap else [""])
+    if not cap:
+        assert "after up and before down" in str(report)
+        assert "tanh" in " ".join(d.evidence for d in report.diagnoses)
+
+
+def test_weights_that_are_not_small_are_tried_as_they_are():
+    for std in (DIM**-0.5, 0.5 * DIM**-0.5):
+        report = check(Capped(std), CappedPort(), X, until="gradients")
+        assert LARGER not in {r.name for r in report.rungs}
+    report = check(Capped(), CappedPort(), X, until="gradients", weights="random")
+    assert LARGER not in {r.name for r in report.rungs}
+
+
+def test_larger_weights_are_tried_without_derivatives(monkeypatch: pytest.MonkeyPatch):
+    asked: list[bool] = []
+    usual = Climb.derivatives
+
+    def told(self: Climb, gradients: bool = True) -> list[Rung]:
+        asked.append(gradients)
+        return usual(self, gradients)
+
+    monkeypatch.setattr(Climb, "derivatives", told)
+    check(Capped(), CappedPort(), X, until="gradients").assert_ok()
+    assert asked == [True, False]
+
+
+class Wild(Capped):
+    """Calm as long as its weights are small: iterates a parabola."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.down(torch.tanh(self.up(x)))
+        y, r = torch.sigmoid(z), 1 + 2.9 * torch.tanh(30 * z.abs().mean())
+        for _ in range(60):
+            y = r * y * (1 - y)
+        return y
+
+
+class WildPort(CappedPort):
+    def __call__(self, x: mx.array) -> mx.array:
+        z = self.down(mx.tanh(self.up(x)))
+        y, r = mx.sigmoid(z), 1 + 2.9 * mx.tanh(30 * mx.abs(z).mean())
+        for _ in range(60):
+            y = r * y * (1 - y)
+        return y
+
+
+class Bursting(Capped):
+    """Exceeds what float32 holds as soon as its weights are large, on one side or on both."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.down(self.up(x))
+        return y if self.training else y * torch.exp(200 * y.abs().amax()) / 1e30
+
+
+class BurstingPort(CappedPort):
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.down(self.up(x))
+        return y if self.training else y * mx.exp(200 * mx.abs(y).max()) / 1e30
+
+
+class BurstingAlone(CappedPort):
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.down(self.up(x))
+        far = y * 3e38
+        return y * mx.stop_gradient(far / far)
+
+
+class Divided(Capped):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x))
+
+
+@pytest.mark.parametrize(
+    ("reference", "port"),
+    [(Wild, WildPort), (Bursting, BurstingPort), (Divided, BurstingAlone)],
+)
+def test_larger_weights_that_turn_a_model_wild_show_nothing(reference: Any, port: Any):
+    report = check(reference().eval(), port(), X, until="gradients")
+    report.assert_ok()
+    assert LARGER not in {r.name for r in report.rungs}
 
 
 class Experts(tnn.Module):
