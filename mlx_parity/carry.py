@@ -443,7 +443,7 @@ def _check_shapes(
     links: list[Link], wanted: Mapping[str, torch.Tensor], have: Mapping[str, mx.array]
 ) -> None:
     for link in links:
-        sources = [np.empty(tuple(wanted[s].shape), np.float32) for s in link.sources]
+        sources = [np.zeros(tuple(wanted[s].shape), np.float32) for s in link.sources]
         made, there = link.forward(*sources).shape, tuple(have[link.port].shape)
         if made != there:
             before = " + ".join(str(list(s.shape)) for s in sources)

@@ -295,7 +295,7 @@ def _refuse(source: Source, target: Source) -> Link:
 
 
 def _checked(link: Link, shape: tuple[int, ...], wanted: tuple[int, ...]) -> Link:
-    made = link.forward(np.empty(shape, np.float32)).shape
+    made = link.forward(np.zeros(shape, np.float32)).shape
     if made != wanted:
         raise CarryError(
             f"{link.name} {list(shape)} becomes {list(made)} in MLX's layout, but {link.port} of "
