@@ -41,6 +41,11 @@ SMALL = 0.4
 LARGER = "forward in larger weights"
 """The rung of them."""
 
+LARGER_READ = (
+    "where and why was asked with larger weights: with these, which are small, one cause looks "
+    "like another"
+)
+
 CALM = 1e-4
 """PyTorch's own float32 error, relative to an output, above which larger weights show nothing: a
 thousand roundings."""
@@ -123,14 +128,18 @@ def judge(
                 climb = flipped[0]
         del flipped  # three more models
 
-    if subject.modular and ok() and course.reaches("forward"):
+    failed = {r.name for r in report.rungs if not r.ok}
+    if subject.modular and failed <= {"forward", "loss", "gradients"} and course.reaches("forward"):
         larger = _enlarged(subject, climb)
         if larger is not None:
             progress("the forward pass with larger weights")
             found = _judged_larger(larger)
-            report.rungs += found
+            if not failed:
+                report.rungs += found
             if not all(r.ok for r in found):
                 climb = larger
+                if failed:
+                    report.notes.append(LARGER_READ)
 
     if ok() and gradients and course.reaches("optimizer step"):
         if climb.usual.system.step is not None:

@@ -1,5 +1,7 @@
 """What ports that nobody here wrote look like, in miniature: each was met in a public one."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -666,6 +668,44 @@ def test_larger_weights_that_turn_a_model_wild_show_nothing(reference: Any, port
     report = check(reference().eval(), port(), X, until="gradients")
     report.assert_ok()
     assert LARGER not in {r.name for r in report.rungs}
+
+
+class WrittenOut(tnn.Module):
+    """GELU by tanh, as models that are older than PyTorch's have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+class SmallWeights(tnn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = tnn.Linear(DIM, DIM), WrittenOut(), tnn.Linear(DIM, DIM)
+        for layer in (self.up, self.down):
+            torch.nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(self.act(self.up(x)))
+
+
+class SmallWeightsPort(nn.Module):
+    def __init__(self, activation: Callable[[mx.array], mx.array]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.activation = activation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x + self.down(self.activation(self.up(x)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "trap"), [(nn.gelu, "gelu-approximation"), (nn.silu, "activation-kind")]
+)
+def test_an_activation_behind_small_weights_is_no_factor(activation, trap: str):
+    """Near 0 every GELU is half its input, and any other is that times a constant."""
+    torch.manual_seed(0)
+    report = check(SmallWeights(), SmallWeightsPort(activation), X, until="gradients")
+    assert {d.trap_id for d in report.diagnoses} == {trap}
 
 
 class Experts(tnn.Module):

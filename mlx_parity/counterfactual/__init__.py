@@ -17,7 +17,13 @@ from torch import nn as tnn
 
 from mlx_parity.counterfactual.alternative import Alternative
 from mlx_parity.counterfactual.gradients import of_parameters
-from mlx_parity.counterfactual.modules import of_children, of_mode, of_settings, of_whole
+from mlx_parity.counterfactual.modules import (
+    of_children,
+    of_functions,
+    of_mode,
+    of_settings,
+    of_whole,
+)
 from mlx_parity.counterfactual.tracing import (
     Trace,
     of_calls,
@@ -40,6 +46,7 @@ def alternatives(
     found += of_rotations(trace)
     found += of_given_rotations(trace)
     found += of_neighbours(trace)
+    found += of_functions(module)
     found += of_children(module)
     settings = list(of_settings(module))
     found += settings

@@ -140,6 +140,37 @@ def of_settings(module: tnn.Module) -> Iterator[Alternative]:
                 )
 
 
+def of_functions(module: tnn.Module) -> Iterator[Alternative]:
+    """Activations that modules of their own write out: another in their place."""
+
+    def replaced(path: str, function: Callable[[T], T]) -> Callable[[tnn.Module], Any]:
+        return lambda m: _forward(m.get_submodule(path), lambda x: function(x))
+
+    for path, part in module.named_modules():
+        known = _written_out(part)
+        for kind, function in ACTIVATIONS.items():
+            if known not in (None, kind):
+                both = all("gelu" in k or "1.702" in k for k in (known, kind))
+                trap = "gelu-approximation" if both else "activation-kind"
+                yield Alternative(trap, f"{kind} for {known}", replaced(path, function))
+
+
+def _written_out(module: tnn.Module) -> str | None:
+    """Which known activation a module without weights computes for each element."""
+    holds = any(True for _ in (*module.children(), *module.parameters(), *module.buffers()))
+    if holds or type(module).__module__.startswith("torch."):
+        return None
+    x = torch.linspace(-5, 5, 60).reshape(3, 4, 5)
+    try:
+        with torch.no_grad():
+            y = module(x)
+    except Exception:  # it is called otherwise, or with something else
+        return None
+    if not isinstance(y, T) or y.shape != x.shape or y.dtype != x.dtype:
+        return None
+    return next((k for k, f in ACTIVATIONS.items() if torch.allclose(y, f(x), 0, 1e-6)), None)
+
+
 def of_mode(module: tnn.Module) -> Iterator[Alternative]:
     @contextlib.contextmanager
     def within(m: tnn.Module) -> Iterator[None]:
