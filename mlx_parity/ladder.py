@@ -30,7 +30,17 @@ from mlx_parity.errors import (
     SideError,
     TF32Error,
 )
-from mlx_parity.sides import TRAINED, MLXSide, Results, Told, TorchSide, at_step, in_precision
+from mlx_parity.sides import (
+    FIRST,
+    LAST,
+    TRAINED,
+    MLXSide,
+    Results,
+    Told,
+    TorchSide,
+    at_step,
+    in_precision,
+)
 
 require_mlx()
 
@@ -59,8 +69,8 @@ STEPS = 20
 """Training steps of a trajectory."""
 
 LARGE = 1 << 22
-"""Parameters beyond which what training leaves is compared one kind after the other: all at once
-it is four models on each side."""
+"""Parameters beyond which a step and a trajectory are compared one after the other: what both leave
+is four models on each side."""
 
 COMPILED_STAGES = (4, *STAGES[1:])
 """Points of the compiled rung: what is computed is known by then to be right, and what a compiled
@@ -278,13 +288,13 @@ class Climb:
 
         numbers = sum(tensor.numel() for tensor in self.usual.tensors().values())
         findings: list[Finding] = []
-        for tell in [TRAINED] if numbers <= LARGE else [[told] for told in TRAINED]:
+        for tell in [TRAINED] if numbers <= LARGE else [FIRST, LAST]:
             findings += train(steps if "trajectory" in tell else 1, tell)
             if not all(finding.ok for finding in findings):
                 break
         rungs = {r.name: r for r in self._split(findings, ("update", "trajectory"))}
         if "update" not in rungs:  # a later step gave NaN, and the first stands for itself
-            rungs["update"] = self._split(train(1, ["update", "moments"]), ("update",))[0]
+            rungs["update"] = self._split(train(1, FIRST), ("update",))[0]
         step = replace(rungs["update"], name="optimizer step")
         if not step.ok:  # there may be no trajectory to tell of
             return [step]

@@ -43,7 +43,8 @@ Told = Literal["update", "moments", "trajectory"]
 TRAINED: tuple[Told, ...] = ("update", "moments", "trajectory")
 """What training tells of: the first step's update of the weights; the optimizer's state after it;
 each step's losses, and the last weights."""
-LAST: tuple[Told, ...] = ("trajectory",)
+FIRST: tuple[Told, ...] = TRAINED[:2]
+LAST: tuple[Told, ...] = TRAINED[2:]
 
 OPTIMIZER_STATE = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "v", "square_avg": "v"}
 """PyTorch's names of an optimizer's moments and MLX's."""
