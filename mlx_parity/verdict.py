@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from mlx_parity import enlarged
 from mlx_parity._backend import require_mlx
 from mlx_parity.arguments import plain
 from mlx_parity.carry import channels_last
@@ -34,21 +32,6 @@ Progress = Callable[[str], None]
 
 TRAINING_SECONDS = 30.0
 """CPU time that a trajectory may take unless told otherwise."""
-
-SMALL = 0.4
-"""Matrices that shrink what goes through them to less than this are tried larger as well."""
-
-LARGER = "forward in larger weights"
-"""The rung of them."""
-
-LARGER_READ = (
-    "where and why was asked with larger weights: with these, which are small, one cause looks "
-    "like another"
-)
-
-CALM = 1e-4
-"""PyTorch's own float32 error, relative to an output, above which larger weights show nothing: a
-thousand roundings."""
 
 RANKS = {name: i for i, name in enumerate(RUNGS)}
 
@@ -130,16 +113,14 @@ def judge(
 
     failed = {r.name for r in report.rungs if not r.ok}
     if subject.modular and failed <= {"forward", "loss", "gradients"} and course.reaches("forward"):
-        larger = _enlarged(subject, climb)
+        larger = enlarged.of(subject, climb)
         if larger is not None:
             progress("the forward pass with larger weights")
-            found = _judged_larger(larger)
-            if not failed:
-                report.rungs += found
+            found = enlarged.judged(larger)
+            report.rungs += [] if failed else found
             if not all(r.ok for r in found):
                 climb = larger
-                if failed:
-                    report.notes.append(LARGER_READ)
+                report.notes += [enlarged.READ] if failed else []
 
     if ok() and gradients and course.reaches("optimizer step"):
         if climb.usual.system.step is not None:
@@ -175,72 +156,6 @@ def _affordable(seconds: float, report: Report) -> int:
             f"at each point: steps={STEPS} compares all"
         )
     return steps
-
-
-def _enlarged(subject: Subject, climb: Climb) -> Climb | None:
-    """The climb with matrices as large as their fan-in asks for, if most are far smaller.
-
-    Models are often made with weights of 0.02. In a small one all activations, and the scores of
-    attention, then lie where every function is a straight line: another activation, a missing cap
-    or another scale hides below rounding. None also where PyTorch itself overflows or turns chaotic
-    with such weights: they would show nothing of the port.
-    """
-    if subject.plan is None or subject.held != "float32":
-        return None
-    carried = {source for link in subject.plan.links for source in link.sources}
-    factors = {}
-    for path, module in subject.prototype.named_modules():
-        for own, _ in module.named_parameters(path, recurse=False):
-            array = climb.point.get(f"{MODEL}.{own}")
-            if own in carried and array is not None and array.ndim > 1:
-                factors[f"{MODEL}.{own}"] = _size(array) * math.sqrt(_fan_in(module, array.shape))
-    small = {n: f for n, f in factors.items() if 0 < f < SMALL}
-    if 2 * len(small) <= len(factors):
-        return None
-    larger = copy.copy(climb)
-    larger.point = climb.point | {
-        n: (climb.point[n] / f).astype(np.float32) for n, f in small.items()
-    }
-    return larger if _calm(larger) else None
-
-
-def _size(array: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
-
-
-def _fan_in(module: torch.nn.Module, shape: tuple[int, ...]) -> int:
-    """How many numbers each output of a matrix sums; beside convolutions, a tensor of more than two
-    dimensions holds a matrix for each expert or head."""
-    kernel = isinstance(module, torch.nn.modules.conv._ConvNd)
-    return math.prod(shape[1:]) if kernel else shape[-1]
-
-
-def _calm(climb: Climb) -> bool:
-    """Whether PyTorch in float32 is about what it is in float64 at the climb's point."""
-    try:
-        exact, usual = (
-            side.derivatives(climb.point, climb.names, gradients=False)
-            for side in (climb.oracle, climb.usual)
-        )
-    except ParityError:
-        return False
-    return all(
-        bool(np.isfinite(usual[n]).all()) and _size(usual[n] - a) <= CALM * _size(a)
-        for n, a in exact.items()
-        if n.startswith("forward ")
-    )
-
-
-def _judged_larger(climb: Climb) -> list[Rung]:
-    """The rung, or nothing where the port overflows alone: only a bias is a difference here."""
-    with suppress(ParityError, ValueError):
-        rungs = climb.derivatives(gradients=False)
-        return [
-            replace(r, name=LARGER)
-            for r in rungs
-            if r.name == "forward" and all(f.verdict in ("equal", "different") for f in r.findings)
-        ]
-    return []
 
 
 def _flipped(subject: Subject, case: Case, report: Report) -> tuple[Climb, Rung] | None:

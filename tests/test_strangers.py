@@ -12,8 +12,8 @@ import torch
 from torch import nn as tnn
 
 from mlx_parity import check, lint
+from mlx_parity.enlarged import RUNG as LARGER
 from mlx_parity.ladder import Climb, Rung
-from mlx_parity.verdict import LARGER
 
 WORDS, DIM = 11, 8
 TOKENS = np.array([[1, 5, 2, 7], [3, 3, 9, 0]])
