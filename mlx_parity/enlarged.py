@@ -27,7 +27,7 @@ READ = (
 
 CALM = 1e-4
 """PyTorch's own float32 error, relative to an output, above which larger weights show nothing: a
-thousand roundings."""
+thousand roundings. A model in half precision is always above."""
 
 
 def of(subject: Subject, climb: Climb) -> Climb | None:
@@ -38,7 +38,7 @@ def of(subject: Subject, climb: Climb) -> Climb | None:
     or another scale hides below rounding. None also where PyTorch itself overflows or turns chaotic
     with such weights: they would show nothing of the port.
     """
-    if subject.plan is None or subject.held != "float32":
+    if subject.plan is None:
         return None
     carried = {source for link in subject.plan.links for source in link.sources}
     factors = {}
@@ -46,7 +46,7 @@ def of(subject: Subject, climb: Climb) -> Climb | None:
         for own, _ in module.named_parameters(path, recurse=False):
             array = climb.point.get(f"{MODEL}.{own}")
             if own in carried and array is not None and array.ndim > 1:
-                factors[f"{MODEL}.{own}"] = _size(array) * math.sqrt(_fan_in(module, array.shape))
+                factors[f"{MODEL}.{own}"] = _size(array) * math.sqrt(fan_in(module, array.shape))
     small = {n: f for n, f in factors.items() if 0 < f < SMALL}
     if 2 * len(small) <= len(factors):
         return None
@@ -61,7 +61,7 @@ def _size(array: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
 
 
-def _fan_in(module: torch.nn.Module, shape: tuple[int, ...]) -> int:
+def fan_in(module: torch.nn.Module, shape: tuple[int, ...]) -> int:
     """How many numbers each output of a matrix sums; beside convolutions, a tensor of more than two
     dimensions holds a matrix for each expert or head."""
     kernel = isinstance(module, torch.nn.modules.conv._ConvNd)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn as tnn
 
-from mlx_parity import check, lint
+from mlx_parity import check, enlarged, lint
 from mlx_parity.enlarged import RUNG as LARGER
 from mlx_parity.ladder import Climb, Rung
 
@@ -706,6 +706,27 @@ def test_an_activation_behind_small_weights_is_no_factor(activation, trap: str):
     torch.manual_seed(0)
     report = check(SmallWeights(), SmallWeightsPort(activation), X, until="gradients")
     assert {d.trap_id for d in report.diagnoses} == {trap}
+
+
+def test_a_port_in_half_precision_is_not_held_with_larger_weights():
+    """Its rounding there is not what it is where it is used."""
+    port = SmallWeightsPort(nn.gelu_approx)
+    port.set_dtype(mx.bfloat16)
+    report = check(SmallWeights(), port, X, until="forward")
+    assert LARGER not in {r.name for r in report.rungs}
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "numbers"),
+    [
+        (tnn.Linear(8, 6), (6, 8), 8),
+        (tnn.Conv2d(4, 6, 3), (6, 4, 3, 3), 36),
+        (tnn.Module(), (3, 12, 8), 8),
+    ],
+)
+def test_a_matrix_sums_what_goes_into_each_output(module: tnn.Module, shape, numbers: int):
+    """Of a bare parameter of three dimensions the first counts experts."""
+    assert enlarged.fan_in(module, shape) == numbers
 
 
 class Experts(tnn.Module):
