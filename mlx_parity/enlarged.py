@@ -17,6 +17,9 @@ from mlx_parity.subject import MODEL, Subject
 SMALL = 0.4
 """Matrices that shrink what goes through them to less than this are tried larger as well."""
 
+FEW = 64
+"""Numbers below which a matrix counts as large enough: as few are small by chance."""
+
 RUNG = "forward in larger weights"
 
 READ = (
@@ -46,7 +49,8 @@ def of(subject: Subject, climb: Climb) -> Climb | None:
         for own, _ in module.named_parameters(path, recurse=False):
             array = climb.point.get(f"{MODEL}.{own}")
             if own in carried and array is not None and array.ndim > 1:
-                factors[f"{MODEL}.{own}"] = _size(array) * math.sqrt(fan_in(module, array.shape))
+                factor = _size(array) * math.sqrt(fan_in(module, array.shape))
+                factors[f"{MODEL}.{own}"] = factor if array.size >= FEW else math.inf
     small = {n: f for n, f in factors.items() if 0 < f < SMALL}
     if 2 * len(small) <= len(factors):
         return None

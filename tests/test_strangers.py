@@ -601,6 +601,17 @@ def test_weights_that_are_not_small_are_tried_as_they_are():
     assert LARGER not in {r.name for r in report.rungs}
 
 
+@pytest.mark.parametrize(("width", "tried"), [(2, False), (8, True)])
+def test_matrices_of_a_few_numbers_may_be_small_by_chance(width: int, tried: bool):
+    """PyTorch's own start of so few is as small now and then: the rungs must not depend on it."""
+    reference = tnn.Linear(8, width)
+    torch.nn.init.normal_(reference.weight, std=0.02)
+    x = np.ones((3, 8), np.float32)
+    report = check(reference, nn.Linear(8, width), x, until="forward", compiled=False)
+    report.assert_ok()
+    assert (LARGER in {r.name for r in report.rungs}) == tried
+
+
 def test_larger_weights_are_tried_without_derivatives(monkeypatch: pytest.MonkeyPatch):
     asked: list[bool] = []
     usual = Climb.derivatives
