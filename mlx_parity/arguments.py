@@ -136,6 +136,9 @@ def suited(
         return args, kwargs
     own = (model,) if function is not model else ()
     by_name = dict(zip(names, args, strict=False))
+    order = [n for n in signature.parameters if n in by_name]
+    if len(order) == len(args) and order != list(by_name):
+        return (), by_name | kwargs  # the same names in another order
     ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [(args, kwargs)]
     ways += [
         (args[:n], {**dict(list(by_name.items())[n:]), **kwargs})

@@ -82,12 +82,17 @@ class Calls(dict[Key, Call]):
         return output
 
 
+CLASS = vars(object)["__class__"]
+"""Sets an instance's class, also where its class has a ``__class__`` of its own."""
+
+
 @contextmanager
 def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Iterator[Calls]:
     """Within, every call of the port's ``modules`` (by path) is recorded, and tapped.
 
     Each instance's class is a subclass of its own class, and its own again afterwards, whatever is
-    raised in between.
+    raised in between. ``__class__`` says its own all the while: ``super(self.__class__, self)``
+    would find itself again and again.
     """
     calls = Calls(tap, _kept)
     paths = {id(module): path for path, module in modules.items()}
@@ -103,7 +108,9 @@ def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Ite
             places, names = _kept(fresh((args, kwargs)))
             return calls.leave(path, places, names, cls.__call__(self, *args, **kwargs))
 
-        return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+        own = property(lambda self: cls)
+        names = {"__call__": call, "__module__": cls.__module__, "__class__": own}
+        return type(cls.__name__, (cls,), names)
 
     changed: list[tuple[mnn.Module, type]] = []
     try:
@@ -111,12 +118,12 @@ def port_calls(modules: Mapping[str, mnn.Module], tap: Tap | None = None) -> Ite
             cls = type(module)
             if cls not in classes:
                 classes[cls] = recording(cls)
-            object.__setattr__(module, "__class__", classes[cls])
+            CLASS.__set__(module, classes[cls])
             changed.append((module, cls))
         yield calls
     finally:
         for module, cls in changed:
-            object.__setattr__(module, "__class__", cls)
+            CLASS.__set__(module, cls)
 
 
 @contextmanager

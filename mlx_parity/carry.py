@@ -278,19 +278,29 @@ class Plan:
 
     def misplaced(self) -> list[str]:
         """Parameters that became constants in the port, and buffers that it would train."""
+        return [line for line, _ in self._misplaced()]
+
+    def unlike(self) -> set[str]:
+        """The reference's names of tensors that train on one side only, and have no gradient on the
+        other."""
+        return {s for _, sources in self._misplaced() for s in sources}
+
+    def _misplaced(self) -> list[tuple[str, tuple[str, ...]]]:
         trained = set(flat(self.port.trainable_parameters()))
         parameters = {k: p.requires_grad for k, p in self.reference.named_parameters()}
         found = []
         for link in self.links:
             right = any(parameters.get(s, False) for s in link.sources)
             if right and link.port not in trained:
-                found.append(f"{link.port} is frozen in the port and trains in the reference")
+                said = f"{link.port} is frozen in the port and trains in the reference"
+                found.append((said, link.sources))
             elif not right and link.port in trained:
                 kind = "frozen" if link.sources[0] in parameters else "a buffer"
-                found.append(
+                said = (
                     f"{link.port} trains in the port and is {kind} in the reference: freeze it, "
                     "or start its name with an underscore"
                 )
+                found.append((said, link.sources))
         return found
 
 

@@ -31,6 +31,7 @@ from mlx_parity.diagnose import (
     of_two_optimizers,
     of_uninitialised,
     of_updates,
+    of_whole_numbers,
 )
 from mlx_parity.errors import CarryError, ParityError, SideError
 from mlx_parity.explain import LOCATED, explain_what_is_no_module, locate, of_climb
@@ -39,7 +40,7 @@ from mlx_parity.faint import RUNG, guilty_norms
 from mlx_parity.ladder import Rung
 from mlx_parity.localise import Guilty
 from mlx_parity.pairing import Map
-from mlx_parity.report import Report
+from mlx_parity.report import Report, describe
 from mlx_parity.restore import restored
 from mlx_parity.structure import complete_port
 from mlx_parity.subject import MODEL, Asked, Subject
@@ -187,6 +188,13 @@ def _check(
         progress("module by module")
         paired = {MODEL: of_climb(climbed.climb, MODEL, subject.plan.pairs)}
         locate(climbed.climb, paired, agreed.loss, report, climbed.failed)
+    if not climbed.failed:
+        for guilty in report.guilty:
+            report.notes.append(
+                f"{guilty.where} by itself gives something else ({describe(guilty.finding)}); what "
+                "was compared does not depend on it"
+            )
+        report.guilty = []
     if climbed.failed in LOCATED and subject.plan is not None and not report.guilty:
         faint = _faint_norms(subject, climbed)  # what differs by little in the whole
     if faint:
@@ -196,6 +204,7 @@ def _check(
             progress("looking for a known cause")
             explained(climbed.climb, asked.map, report, climbed.failed)
         explain_what_is_no_module(subject, report)
+        report.diagnoses += of_whole_numbers(climbed.climb.whole)
     _optimizers(asked, climbed, report)
 
 

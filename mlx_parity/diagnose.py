@@ -37,6 +37,10 @@ HARDLY = 3e3
 ports were seen to be up to 100 of them rough."""
 
 
+FACTORS = ("scale-factor", "attention-scale")
+"""What fits a little of everything: not asked for where there is a cause already."""
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """A known cause."""
@@ -133,6 +137,11 @@ def of_uninitialised(classes: Sequence[str]) -> list[Diagnosis]:
     return [_diagnosis("module-not-initialised", "the port", evidence)]
 
 
+def of_whole_numbers(names: Iterable[str]) -> list[Diagnosis]:
+    """Indices and masks of the port that MLX would differentiate, and raises."""
+    return [_diagnosis("buffer-trains", n, "its whole numbers count as trainable") for n in names]
+
+
 def of_updates(trap_id: str, what: str) -> list[Diagnosis]:
     """What an optimizer computes, found out by its updates of a weight of zero."""
     evidence = f"with {what} in the original's Adam the port's updates are equal to it"
@@ -159,7 +168,8 @@ def _of_guilty(guilty: Guilty, seconds: float) -> list[Diagnosis]:
     tried = _tried(pair, guilty.capture, guilty.direction == "backward", seconds, guilty.called)
     # What both say comes first, then what was computed, then what was only read.
     both = [d for d in read if d.trap_id in {t.trap_id for t in tried}]
-    computed = [t for t in tried if t.trap_id not in {d.trap_id for d in both}]
+    said = {(d.trap_id, d.where) for d in both}
+    computed = [t for t in tried if (t.trap_id, t.where) not in said]
     return [*both, *computed, *(d for d in read if d not in both)]
 
 
@@ -265,7 +275,7 @@ def _search(
     for alternative in alternatives(bench.oracle, bench.call, backward):
         if time.monotonic() > stop:
             break
-        if alternative.trap_id in seen:
+        if alternative.trap_id in seen or (found and alternative.trap_id in FACTORS):
             continue
         try:
             best = _fitted(bench, alternative) if alternative.fit else alternative

@@ -310,7 +310,7 @@ def _judge(
     different = bias > t_bound
 
     worst = None
-    if not different and mean.size > 1:
+    if not different and mean.size > 1 and math.isfinite(element_bound):
         usual = np.hypot(own, np.spacing(np.float32(v / math.sqrt(mean.size))))
         excess = np.abs(mean) * root - element_bound * spread
         excess = np.where(np.abs(mean) > ELEMENT_FLOOR * floor * usual, excess, -np.inf)

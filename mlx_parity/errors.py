@@ -31,12 +31,17 @@ class TF32Error(ParityError):
     """Numbers are to be compared where MLX may round products to 10 bits."""
 
 
+LINES = 4
+"""Of another's message: where a function has several signatures, the first says nothing yet."""
+
+
 class SideError(ParityError):
     """One side raised an error of its own. ``side`` is whose fault it is."""
 
     def __init__(self, side: str, doing: str, error: BaseException):
         self.side, self.doing, self.error = side, doing, error
-        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = " ".join(lines[:LINES])
         what = f"{type(error).__name__}: {said}" if said else type(error).__name__
         super().__init__(f"the {side} raises {what} {doing}")
 

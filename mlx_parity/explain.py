@@ -11,11 +11,17 @@ from dataclasses import replace
 from typing import Any
 
 from mlx_parity.case import System
-from mlx_parity.diagnose import diagnose, diagnose_functions, lint, of_compiled
+from mlx_parity.diagnose import (
+    Diagnosis,
+    diagnose,
+    diagnose_functions,
+    lint,
+    of_compiled,
+)
 from mlx_parity.equality import Finding
 from mlx_parity.ladder import Climb, Rung
 from mlx_parity.layers import port_modules
-from mlx_parity.localise import localise
+from mlx_parity.localise import ANOTHER_SHAPE, localise
 from mlx_parity.pairing import Map, Pairs
 from mlx_parity.report import Report
 from mlx_parity.subject import Subject
@@ -79,9 +85,22 @@ def explain(climb: Climb, map: Map | None, report: Report, failed: str) -> None:
             report.diagnoses = [d for d in found if "ptimizer" in str(d)] or found
             return
         suspects: list[Any] = [*report.guilty] or [r.pair for r in report.readings]
-        report.diagnoses = list(diagnose(suspects))
+        report.diagnoses = [d for d in diagnose(suspects) if not _beside(d, report)]
     except Exception as error:  # an explanation is welcome; the verdict stands without it
         report.notes.append(f"no diagnosis: {type(error).__name__}: {error}")
+
+
+def _beside(diagnosis: Diagnosis, report: Report) -> bool:
+    """Whether a setting that differs is nothing to the port: of a module that is padded by its
+    caller, say, or that was found equal as a whole."""
+    for r in report.readings:
+        if r.pair.reference_path != diagnosis.where:
+            continue
+        if r.note == ANOTHER_SHAPE:
+            return diagnosis.trap_id in ("conv-geometry", "pool-window")
+        known = r.forward is not None and r.isolated is not None
+        return diagnosis.trap_id == "module-setting" and known and r.ok
+    return False
 
 
 def explain_case(climb: Climb, failed: Rung, report: Report) -> None:

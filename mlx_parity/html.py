@@ -81,22 +81,35 @@ def _said(verdict: str) -> str:
 
 
 def _guilty(report: Report) -> str:
-    from mlx_parity.report import describe
+    from mlx_parity.report import alike, describe
 
-    return "".join(
-        f'<div class="box"><strong>Guilty, {g.direction}: <code>{escape(g.where)}</code></strong>'
-        f"<br>{escape(describe(g.finding))}. Its inputs agree.</div>"
-        for g in report.guilty
-    )
+    boxes = []
+    for g, *others in alike(report.guilty):
+        names = _more([o.pair.reference_path for o in others], "The same kind differs in")
+        boxes.append(
+            f'<div class="box"><strong>Guilty, {g.direction}: <code>{escape(g.where)}</code>'
+            f"</strong><br>{escape(describe(g.finding))}. Its inputs agree.{names}</div>"
+        )
+    return "".join(boxes)
 
 
 def _diagnoses(report: Report) -> str:
+    from mlx_parity.report import causes
+
     return "".join(
         f'<div class="box"><strong>{escape(d.trap_id)} {escape(d.title)}</strong>'
-        f"<br><code>{escape(d.where)}</code><br>{escape(d.evidence)}"
-        f"<br>Fix: {escape(d.fix)}</div>"
-        for d in report.diagnoses
+        f"<br><code>{escape(places[0])}</code>{_more(places[1:], 'The same is seen in')}"
+        f"<br>{escape(d.evidence)}<br>Fix: {escape(d.fix)}</div>"
+        for d, places in causes(report.diagnoses)
     )
+
+
+def _more(names: Sequence[str], said: str) -> str:
+    if not names:
+        return ""
+    listed = ", ".join(f"<code>{escape(n)}</code>" for n in names)
+    summary = f"{said} {len(names)} more"
+    return f"<details><summary>{summary}</summary>{listed}</details>"
 
 
 def _rungs(report: Report) -> str:

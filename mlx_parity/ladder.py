@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mlx_parity._backend import require_mlx
 from mlx_parity.carry import reference_tensors
@@ -207,11 +207,15 @@ class Climb:
         check_precision()
         self.case, self.shape, self.seed = case, shape, seed
         self.rng = np.random.default_rng(seed)
-        self.oracle = TorchSide(case, shape, torch.float64)
+        self.oracle = TorchSide.oracle(case, shape)
         self.usual = TorchSide.usual(case, shape)
         self.point = draw_point(case, shape, self.rng, STEPS, self.usual.system)
         self.names = [n for n in self.point if "." not in n and "@" not in n]
         self.ignored: frozenset[str] = frozenset()
+        self.unlike: frozenset[str] = frozenset()
+        """Tensors that train on one side only."""
+        self.whole: tuple[str, ...] = ()
+        """Whole numbers of the port that MLX would differentiate, set aside."""
         self.drawn = 0
         """Nearby points so far."""
 
@@ -241,25 +245,49 @@ class Climb:
             return [Rung("structure", False, message=str(error))]
         plans = self.port.plans.items()
         self.ignored = frozenset(f"{m}.{n}" for m, plan in plans for n in plan.ignored)
+        self.unlike = frozenset(f"{m}.{n}" for m, plan in plans for n in plan.unlike())
         wrong = [line for plan in self.port.plans.values() for line in plan.misplaced()]
         return [Rung("structure", not (wrong and trains), message="\n".join(wrong))]
 
     def derivatives(self, gradients: bool = True) -> list[Rung]:
         """Forward, loss and gradients; of a port that has none, forward and loss, and why."""
         try:
-            findings = self._compare(
-                lambda p: self.oracle.derivatives(p, self.names, gradients),
-                lambda p: self.usual.derivatives(p, self.names, gradients),
-                lambda p: self.port.derivatives(p, self.names, gradients=gradients),
-                enough=lambda finding: finding.tensor.startswith("forward "),
-            )
+            return self._derivatives(gradients)
         except NoGradient as error:
             if error.side == "reference":
                 raise
-            return [
-                *self.derivatives(gradients=False),
-                Rung("gradients", False, message=str(error)),
-            ]
+            said = str(error)
+        self.whole = tuple(self.port.set_whole_numbers_aside())
+        if self.whole:
+            with suppress(NoGradient):  # the rest of the port, as it is once that has been mended
+                rungs = self._derivatives(gradients)
+                said += (
+                    f". {', '.join(self.whole[:4])}{', …' if len(self.whole) > 4 else ''}: whole "
+                    "numbers count as trainable; start their names with an underscore, or freeze "
+                    "them. Compared without them"
+                )
+                return [
+                    replace(r, ok=False, message=said) if r.name == "gradients" else r
+                    for r in rungs
+                ]
+        return [*self._derivatives(gradients=False), Rung("gradients", False, message=said)]
+
+    def _derivatives(self, gradients: bool) -> list[Rung]:
+        def both(results: Results) -> Results:
+            """Without gradients that one side has alone: the structure's own finding."""
+            alone = self.unlike
+            return {
+                k: a
+                for k, a in results.items()
+                if not alone or not k.startswith("gradients ") or not alone & _names_in(k)
+            }
+
+        findings = self._compare(
+            lambda p: both(self.oracle.derivatives(p, self.names, gradients)),
+            lambda p: both(self.usual.derivatives(p, self.names, gradients)),
+            lambda p: both(self.port.derivatives(p, self.names, gradients=gradients)),
+            enough=lambda finding: finding.tensor.startswith("forward "),
+        )
         return self._split(findings, ("forward", "loss", "gradients"))
 
     def training(self, steps: int = STEPS) -> list[Rung]:

@@ -12,7 +12,6 @@ isolated     each module of the port is fed the reference's own inputs, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from mlx_parity.capture import (
     numpy_of,
 )
 from mlx_parity.carry import flat, reference_tensors
+from mlx_parity.double import InDouble
 from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Finding, compare
 from mlx_parity.ladder import Climb
@@ -59,6 +59,8 @@ __all__ = [
 STAGES = (8, 48)
 ALPHA = 1e-6
 """Where is asked after the ladder has told whether: fewer points and a larger rate will do."""
+
+ANOTHER_SHAPE = "takes another shape in the port"
 
 Direction = Literal["forward", "backward"]
 Results = dict[str, np.ndarray]
@@ -523,7 +525,7 @@ def _judge_isolated(
     def reference(side: TorchSide) -> Callable[[Mapping[str, np.ndarray]], Results]:
         def evaluate(point: Mapping[str, np.ndarray]) -> Results:
             side.load(point)
-            with OfMLX() if side is climb.usual else nullcontext():
+            with OfMLX() if side is climb.usual else InDouble():
                 return each(
                     lambda u: u.reference(
                         side, calls["now"][session.name("reference", u.k), 0], point
@@ -560,7 +562,8 @@ def _compare(
     def without(f: Any) -> Any:
         return lambda p: {n: a for n, a in f(p).items() if _pair_of(n) not in failed}
 
-    return compare(without(oracle), without(usual), without(port), draw, stages=STAGES, alpha=ALPHA)
+    sides = without(oracle), without(usual), without(port)
+    return compare(*sides, draw, stages=STAGES, alpha=ALPHA, narrow=narrow)
 
 
 def _pair_of(name: str) -> int:
@@ -621,11 +624,17 @@ def localise(
     broken = [f for f in findings if f.verdict in ("not finite", "shape")]
 
     wrong = any(r.forward is not None and not r.forward.ok for r in readings.values())
+    others = {k for k in readings if _takes_another_shape(session, k, tensors, theirs, ours)}
+    for k in others:
+        readings[k].note = readings[k].note or ANOTHER_SHAPE
     if isolated and not broken:
         units = [
             _Isolated(session, k, tensors, theirs, ours)
             for k, r in readings.items()
-            if r.forward is not None and (not wrong or not r.forward.ok) and _known(tensors, k)
+            if r.forward is not None
+            and (not wrong or not r.forward.ok)
+            and _known(tensors, k)
+            and not (wrong and k in others)
         ]
         alone, failed = _judge_isolated(session, units)
         for k, found in alone.items():
@@ -634,12 +643,35 @@ def localise(
         for k, why in failed.items():
             readings[k].note = readings[k].note or why
     located.readings = sorted(readings.values(), key=lambda r: r.order)
-    located.guilty = _guilty(session, readings, tensors, theirs, ours, by_key)
+    judged = {k: r for k, r in readings.items() if not (wrong and k in others)}
+    located.guilty = _guilty(session, judged, tensors, theirs, ours, by_key)
     for finding in also:
         for guilty in _guilty_buffer(session, readings, tensors, theirs, ours, finding):
             if not any(g.pair is guilty.pair for g in located.guilty):
                 located.guilty.append(guilty)
     return located
+
+
+def _takes_another_shape(
+    session: _Session, k: int, tensors: Sequence[_Tensor], theirs: Captured, ours: Captured
+) -> bool:
+    """Whether the port gives a module an array of a size that the reference's never sees: padded by
+    its caller, say. It cannot be fed the reference's own, and is innocent of what comes in."""
+    calls = (
+        theirs.calls.get((session.name("reference", k), 0)),
+        ours.calls.get((session.name("port", k), 0)),
+    )
+    if calls[0] is None or calls[1] is None:
+        return False
+    paired = [t for t in tensors if t.pair == k and t.kind == "in" and t.reference[0][1] == 0]
+    left = (
+        {p: a.size for p, a in _floats(calls[0].inputs).items()},
+        {p: a.size for p, a in _floats(calls[1].inputs).items()},
+    )
+    for t in paired:
+        left[0].pop(t.reference[1], None)
+        left[1].pop(t.port[1], None)
+    return bool(left[0]) and bool(left[1]) and not set(left[0].values()) & set(left[1].values())
 
 
 def _known(tensors: Sequence[_Tensor], k: int) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ EXIT_CODES: dict[Verdict, int] = {"equal": 0, "different": 1, "undecided": 2}
 
 FAULTS = {
     "reference": "The reference is at fault, or what it was called with, and not the port.",
-    "port": "The port is at fault.",
+    "port": "The port is at fault, or is called otherwise than the reference: call_port= says how.",
     "weights": "Nothing was compared, because the weights could not be carried.",
     "inputs": "The inputs, or how the check was asked for, are at fault, not the port.",
     "case": "The case file is at fault.",
@@ -57,6 +58,8 @@ class Report:
     layouts: dict[str, str] = field(default_factory=dict)
     """Inputs and outputs that are images."""
     notes: list[str] = field(default_factory=list)
+    uncompared: list[str] = field(default_factory=list)
+    """Outputs of the reference that nothing of the port could be held against."""
     readings: list[Reading] = field(default_factory=list)
     """Every pair of modules, in the order of execution."""
     guilty: list[Guilty] = field(default_factory=list)
@@ -112,7 +115,8 @@ class Report:
             return f"{self.name}: could not be judged: {self.problem}"
         if self.verdict == "equal":
             climbed = ", ".join(r.name for r in self.rungs)
-            return f"{self.name}: equal ({climbed}; {self.seconds:.1f} s)"
+            without = f" but for {', '.join(self.uncompared)}" if self.uncompared else ""
+            return f"{self.name}: equal{without} ({climbed}; {self.seconds:.1f} s)"
         rung = self.failed
         assert rung is not None
         where = f", in {self.guilty[0].where}" if self.guilty else ""
@@ -134,22 +138,28 @@ class Report:
         rung = self.failed
         if rung is not None:
             yield Text(_failure(rung), style="red")
-        if rung is not None and self.readings and not self.guilty:
+        for other in self.rungs:
+            if other is not rung and not other.ok and other.message:
+                yield Text(f"{other.name}: {other.message}", style="red")
+        numbers = any(not f.ok for r in self.rungs for f in r.findings)
+        if numbers and self.readings and not self.guilty:
             yield Text(
                 "No module differs by itself: look at what is written around the models, in "
                 "call_port, in the loss, or in how the outputs are returned.",
                 style="red",
             )
-        for guilty in self.guilty:
+        for guilty, *others in alike(self.guilty):
+            names = several([other.pair.reference_path for other in others])
             yield Text.assemble(
                 (f"\nGuilty, {guilty.direction}: ", "bold"),
                 guilty.where,
                 f"\n  {describe(guilty.finding)}; its inputs agree.",
+                f"\n  Likewise {names}." if others else "",
             )
-        for d in self.diagnoses:
+        for d, places in causes(self.diagnoses):
             yield Text.assemble(
                 (f"\n{d.trap_id}  {d.title}", "bold"),
-                f"\n  where  {d.where}\n  seen   {d.evidence}\n  fix    {d.fix}",
+                f"\n  where  {several(places)}\n  seen   {d.evidence}\n  fix    {d.fix}",
             )
         if self.variants:
             yield Text("")
@@ -176,12 +186,22 @@ class Report:
     def _asides(self) -> list[str]:
         lines = []
         if self.carried:
-            lines.append(f"weights: {self.carried}")
+            guessed = self.verdict == "different" and "shapes" in self.carried
+            hint = "; map= says which is which where that went wrong" if guessed else ""
+            lines.append(f"weights: {self.carried}{hint}")
         lines += [f"{name}: {how}" for name, how in self.layouts.items()]
         zero = [f.tensor.rpartition("/")[2] for r in self.rungs for f in r.findings if null(f)]
         if zero:
             names = ", ".join(n.removeprefix("model.") for n in dict.fromkeys(zero))
-            lines.append(f"gradients that are zero but for rounding, on both sides: {names}")
+            lines.append(f"gradients below float32's own rounding, on both sides: {names}")
+        forward = [f for r in self.rungs for f in r.findings if r.name == "forward"]
+        rough = [f for f in forward if f.noise > ROUGH and f.bias < 3 * f.bound]
+        if rough:
+            worst = max(rough, key=lambda f: f.noise)
+            lines.append(
+                f"{worst.tensor} is {worst.noise:.2g} times as rough as PyTorch's: a part of it is "
+                "computed in half precision, or loses digits otherwise"
+            )
         return lines + self.notes
 
     # --------------------------------------------------------------------------- as plain data
@@ -244,6 +264,7 @@ class Report:
                     for r in self.readings
                 ],
                 "unpaired": [vars(u) for u in self.unpaired],
+                "uncompared": self.uncompared,
                 "carried": self.carried,
                 "layouts": self.layouts,
                 "variants": [vars(v) for v in self.variants],
@@ -275,6 +296,40 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "mlx": metadata.version("mlx"),
     }
+
+
+ROUGH = 300.0
+"""Noise of a forward pass that needs a word: half precision in part is thousands."""
+
+NAMED = 4
+"""Of modules that differ alike so many are named; JSON names all."""
+
+
+def several(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    text = ", ".join(names[:NAMED])
+    return text if len(names) <= NAMED else f"{text} and {len(names) - NAMED} more"
+
+
+def alike(found: Iterable[Guilty]) -> list[list[Guilty]]:
+    """Guilty modules of one type and direction together, the first of each kind first.
+
+    A model's norms are usually made in one place: what is wrong in one is wrong in all.
+    """
+    kinds: dict[Any, list[Guilty]] = {}
+    for g in found:
+        between = g.between and tuple(re.sub(r"\d+", "#", path) for path in g.between)
+        kinds.setdefault((g.direction, type(g.pair.reference), between), []).append(g)
+    return list(kinds.values())
+
+
+def causes(diagnoses: Iterable[Any]) -> list[tuple[Any, list[str]]]:
+    """Each cause once, with the modules where the same was seen, but for its size."""
+    places: dict[Any, tuple[Any, list[str]]] = {}
+    for d in diagnoses:
+        seen = d.evidence.partition(" (bias ")[0]
+        places.setdefault((d.trap_id, seen, d.fix), (d, []))[1].append(d.where)
+    return list(places.values())
 
 
 def describe(finding: Finding) -> str:

@@ -28,9 +28,12 @@ from mlx_parity.carry import (
     reference_tensors,
 )
 from mlx_parity.case import Case, Loss, Precision, Shape, System
+from mlx_parity.double import InDouble
 from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Tensors
 from mlx_parity.errors import NoGradient, ParityError, SideError
+from mlx_parity.layers import port_modules
+from mlx_parity.structure import is_floating
 
 require_mlx()
 
@@ -92,6 +95,13 @@ class TorchSide:
     def _in_double(self) -> str:
         """What a model that only runs in float32 raises about."""
         return " in float64, in which it is the oracle" if self.dtype == torch.float64 else ""
+
+    @classmethod
+    def oracle(cls, case: Case, shape: Shape) -> TorchSide:
+        """What both sides are held against: PyTorch in float64, also where it casts to float32."""
+        side = cls(case, shape, torch.float64)
+        side.system = _within(side.system, InDouble())
+        return side
 
     @classmethod
     def usual(cls, case: Case, shape: Shape) -> TorchSide:
@@ -248,6 +258,18 @@ class MLXSide:
                 loaded = flat(plan.port.parameters()).items()
                 restored = [(k, a.astype(self._kept(m, k, a))) for k, a in loaded]
                 plan.port.update(tree_unflatten(restored))
+
+    def set_whole_numbers_aside(self) -> list[str]:
+        """Freeze arrays without real numbers, which MLX counts as trainable too; their names."""
+        found = []
+        for root in self.system.modules.values():
+            for path, module in port_modules(root).items():
+                for key, array in list(module.items()):
+                    whole = isinstance(array, mx.array) and not is_floating(array)
+                    if whole and key in module.trainable_parameters():
+                        module.freeze(recurse=False, keys=key)
+                        found.append(f"{path}.{key}" if path else key)
+        return found
 
     def _kept(self, module: str, name: str, array: mx.array) -> mx.Dtype:
         """The type that a tensor of the port goes on having, whatever is loaded into it."""

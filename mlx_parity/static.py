@@ -300,6 +300,8 @@ def _settings(theirs: Any, ours: Any) -> Clues:
         numbers = int | float | bool | str
         if not (isinstance(there, numbers) and isinstance(here, numbers)):
             continue
+        if there in _says_what_it_is(theirs) and here in _says_what_it_is(ours):
+            continue
         if isinstance(there, str) != isinstance(here, str) or not _differ(there, here):
             continue
         trap = "module-setting"
@@ -312,6 +314,15 @@ def _settings(theirs: Any, ours: Any) -> Clues:
         elif key in ("slope", "negative_slope"):
             trap = "activation-slope"
         yield trap, _said(key, here, there)
+
+
+def _says_what_it_is(module: Any) -> tuple[Any, ...]:
+    """What a module may note about itself, which no output depends on: its class, its size."""
+    cls = type(module)
+    names = (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")
+    if isinstance(module, tnn.Module):
+        return (*names, sum(p.numel() for p in module.parameters()))
+    return (*names, sum(a.size for a in flat(module.parameters()).values()))
 
 
 def _mode(theirs: Any, ours: Any) -> Clues:

@@ -65,7 +65,7 @@ class Subject:
     """Both sides of a check. What had to be assumed is noted in the report."""
 
     def __init__(self, asked: Asked, report: Report):
-        _refuse_what_is_no_pair(asked.reference, asked.port)
+        _refuse_what_is_no_pair(asked)
         self.asked, self.report = asked, report
         self.names = arguments.positional(asked.reference)
         """Of what the reference takes by position."""
@@ -310,10 +310,17 @@ class Subject:
         self.carry()
 
 
-def _refuse_what_is_no_pair(reference: Any, port: Any) -> None:
-    for side, model in (("reference", reference), ("port", port)):
-        if not callable(model):
-            raise ParityError(f"{side} is no model: it cannot be called")
+def _refuse_what_is_no_pair(asked: Asked) -> None:
+    reference, port = asked.reference, asked.port
+    for side, model, call in (
+        ("reference", reference, asked.call_reference),
+        ("port", port, asked.call_port),
+    ):
+        if call is None and not callable(model):
+            raise ParityError(
+                f"{side} is no model: it cannot be called; say how with call_{side}=lambda model, "
+                "x: model.encode(x)"
+            )
         if isinstance(model, type):
             raise ParityError(f"{side} is the class {model.__name__}: give an instance of it")
     if isinstance(reference, mnn.Module) or isinstance(port, tnn.Module):

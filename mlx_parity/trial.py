@@ -29,6 +29,9 @@ import mlx.nn as mnn  # noqa: E402
 ALIKE = 1e-2
 """Outputs nearer than this, relatively, show that the inputs were read as they are meant."""
 
+CHANNELS_FIRST = (tnn.modules.conv._ConvNd, tnn.modules.batchnorm._NormBase, tnn.GroupNorm)
+"""Layers that have their channels second in PyTorch and last in MLX."""
+
 Shapes = Mapping[int, set[tuple[int, ...]]]
 """What convolutions were given in the reference, by the number of axes."""
 
@@ -85,6 +88,7 @@ def agree(subject: Subject) -> Agreement:
             found.add(n)
     for n in sorted(found):
         subject.report.layouts[n] = "channels first there, last here"
+    _note_exchanged(subject, theirs, ours, outputs, images)
     agreement = Agreement(outputs, frozenset(found))
     rng = np.random.default_rng(subject.asked.seed + 1)
     for a in outputs.values():
@@ -130,7 +134,7 @@ def _reference_call(
     convolved: dict[int, set[tuple[int, ...]]] = {}
     for call in calls.values():
         at = watched[call.path]
-        if isinstance(at, tnn.modules.conv._ConvNd | tnn.modules.batchnorm._BatchNorm):
+        if isinstance(at, CHANNELS_FIRST):
             for a in call.inputs.values():
                 convolved.setdefault(a.ndim, set()).add(tuple(a.shape))
     return found, convolved
@@ -234,7 +238,7 @@ def _port_call(subject: Subject, images: frozenset[str]) -> dict[str, np.ndarray
 
 
 def _paired(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The port's outputs to the reference's: by name, else in order, of equal sizes first."""
+    """The port's outputs to the reference's: by name, else in order, by equal sizes first."""
     pairs = {n: n for n in ours if n in theirs}
     left = [n for n in theirs if n not in pairs.values()]
     free = [n for n in ours if n not in pairs]
@@ -245,6 +249,12 @@ def _paired(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]) ->
                 a = (same or left)[0]
                 pairs[b] = a
                 left.remove(a)
+    for b in free:  # more on one side: of a size that no other has
+        same = [a for a in left if theirs[a].size == ours[b].size]
+        rivals = [n for n in free if ours[n].size == ours[b].size]
+        if b not in pairs and len(same) == len(rivals) == 1:
+            pairs[b] = same[0]
+            left.remove(same[0])
     return pairs
 
 
@@ -265,11 +275,31 @@ def _note_outputs(
         ("reference", theirs, set(outputs.values())),
         ("port", ours, set(outputs)),
     ):
-        left = [n for n in given if n not in used]
+        left = [say(n) for n in given if n not in used]
+        if side == "reference":
+            subject.report.uncompared = left
         if left:
             subject.report.notes.append(
-                f"outputs of the {side} that were not compared: {', '.join(map(say, left))}"
+                f"outputs of the {side} that were not compared: {', '.join(left)}"
             )
+
+
+def _note_exchanged(
+    subject: Subject,
+    theirs: Mapping[str, np.ndarray],
+    ours: Mapping[str, np.ndarray],
+    outputs: Mapping[str, str],
+    images: frozenset[str],
+) -> None:
+    """Outputs that the port returns in another order."""
+    for b, a in outputs.items():
+        if not is_floating(theirs[a]) or _off(theirs[a], ours[b], images)[0] < ALIKE:
+            continue
+        for other in outputs.values():
+            if other != a and _off(theirs[other], ours[b], images)[0] < ALIKE:
+                subject.report.notes.append(
+                    f"output {say(b)} of the port is output {say(other)} of the reference"
+                )
 
 
 def _shapes(arrays: Mapping[str, np.ndarray]) -> str:
@@ -280,8 +310,10 @@ def _is_image(
     subject: Subject, a: np.ndarray, b: np.ndarray, name: str, images: frozenset[str]
 ) -> bool:
     declared = subject.asked.images
-    if declared is not None:
-        return name in declared or say(name) in declared
+    if declared is not None and (name in declared or say(name) in declared):
+        return True
+    if declared is not None and not set(declared) <= set(subject.arguments.arrays):
+        return False  # outputs are named too, and this is none of them
     return _off(a, b, images)[1]
 
 

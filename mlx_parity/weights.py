@@ -105,7 +105,42 @@ def find_plan(
         how = "carried by equal names and layer types"
         return FoundPlan(reference, port, plan.links, how, (), tuple(notes), pairs)
     links, lacking = _links(matches.found, rest)
+    held = _leftover(reference, port, links, names, notes)
+    links += held
+    owners = tuple(f"{link.port.rpartition('.')[0]} [" for link in held)
+    lacking = [line for line in lacking if not line.startswith(owners)] if held else lacking
     return _complete(reference, port, links, lacking, theirs, notes, pairs)
+
+
+def _leftover(
+    reference: tnn.Module,
+    port: mnn.Module,
+    links: Sequence[Link],
+    names: Mapping[str, str],
+    notes: list[str],
+) -> list[Link]:
+    """Tensors that another layer holds in the port, a bias beside a product that has none: as the
+    map says, or where one on each side is left of a shape that can be read in one way only."""
+    tensors, have = reference_tensors(reference), flat(port.parameters())
+    reached = {s for link in links for s in link.sources}
+    lost = [n for n in tensors if n not in reached]
+    left = [n for n in have if n not in {link.port for link in links}]
+    found = []
+    for n in lost:
+        shape = tuple(tensors[n].shape)
+        rivals = [m for m in lost if tuple(tensors[m].shape) == shape]
+        same = [m for m in left if tuple(have[m].shape) == shape]
+        owner = n.rpartition(".")[0]
+        alone = not any(m != n and m.rpartition(".")[0] == owner for m in lost)
+        if names.get(n) in same:
+            to = names[n]
+        elif alone and len(rivals) == len(same) == 1 and len(set(shape)) == len(shape):
+            to = same[0]
+            notes.append(f"{n} is taken for {to}, the only one left of its shape")
+        else:
+            continue
+        found.append(Link(to, (n,), lambda a: a, lambda g: (g,)))
+    return found
 
 
 def _about_options(error: CarryError) -> bool:

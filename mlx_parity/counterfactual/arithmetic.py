@@ -14,6 +14,8 @@ from mlx_parity.counterfactual.calls import Call, Change, Proposals, Proposer, T
 
 def _add(call: Call) -> Proposals:
     a, b = call.args[0], call.args[1] if len(call.args) > 1 else None
+    if isinstance(b, float) and 0 < b <= SMALL:  # what keeps a divisor or a root from zero
+        yield Change("norm-eps", f"{{:.4g}} for {b:g}", lambda c, e: c.args[0] + e, fit=(b, True))
     if not (isinstance(a, T) and isinstance(b, T)):
         return
     if _like_a_mask(b, a):
@@ -30,6 +32,13 @@ def _add(call: Call) -> Proposals:
             lambda c, s, i=i: c.args[1 - i] + s * c.args[i],
             fit=(1.0, False),
         )
+
+
+SMALL = 1e-2
+"""A number added to a tensor that is no larger is an eps."""
+
+LARGE = 10.0
+"""A factor that is as large scales a time or an angle, whose sines no small step leads to."""
 
 
 def _masked() -> Proposals:
@@ -74,12 +83,31 @@ def _mul(call: Call) -> Proposals:
         yield Change("scale-factor", f"no {said}", lambda c: c.args[0] * 1)
     if isinstance(b, T) and said == "factor":
         yield from _product(a, b)
+    if isinstance(b, int | float):
+        yield from _constant(a, b, said)
     if not isinstance(b, T) or b.numel() == 1 or a.shape == b.shape:
         yield Change(
             "scale-factor",
             f"times {{:.6g}} more ({call.name})",
             lambda c, s: s * c.run(),
             fit=(1.0, False),
+        )
+
+
+def _constant(a: T, b: float, said: str) -> Proposals:
+    """Another constant, where what follows is too steep for it to be found step by step."""
+    if a.ndim == 1 and len(a) > 2:
+        for m, n in ((len(a), len(a) - 1), (len(a) - 1, len(a))):
+            yield Change(
+                "constant-differs",
+                f"rates over {m} for {n}, or the reverse",
+                lambda c, m=m, n=n: c.run() * n / m,
+            )
+    for other in (b / 100, b / 10, b * 10, b * 100) if abs(b) >= LARGE else ():
+        yield Change(
+            "scale-factor",
+            f"a {said} of {other:g} for {b:g}",
+            lambda c, o=other: c.func(c.args[0], o, *c.args[2:], **c.kwargs),
         )
 
 
@@ -183,7 +211,7 @@ def _variance(call: Call) -> Proposals:
 
 PROPOSALS: dict[str, Proposer] = {
     **dict.fromkeys(("add", "add_"), _add),
-    **dict.fromkeys(("mul", "mul_", "div", "div_"), _mul),
+    **dict.fromkeys(("mul", "mul_", "div", "div_", "__rmul__"), _mul),
     **dict.fromkeys(("norm", "vector_norm"), _norm),
     **dict.fromkeys(("rsub", "__rsub__"), _from_one),
     "matmul": _matmul,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -186,6 +186,25 @@ def _arange(call: Call) -> Proposals:
     yield Change("position-offset", "positions backwards", lambda c: c.run().flip(0))
 
 
+def _roll(call: Call) -> Proposals:
+    """Rolled the other way, or one of the axes not at all."""
+
+    def rolled(sign: int, only: int | None = None) -> Callable[[Call], T]:
+        def run(c: Call) -> T:
+            shifts, dims = c.get("shifts"), c.get("dims")
+            shifts = (shifts,) if isinstance(shifts, int) else tuple(shifts)
+            some = [sign * s if only in (None, i) else 0 for i, s in enumerate(shifts)]
+            return c.run(shifts=some if dims else some[0], **({"dims": dims} if dims else {}))
+
+        return run
+
+    yield Change("roll-direction", "rolled the other way", rolled(-1))
+    yield Change("roll-direction", "not rolled", lambda c: c.x * 1)
+    axes = call.get("dims")
+    for i, axis in enumerate(axes) if isinstance(axes, Sequence) and len(axes) > 1 else ():
+        yield Change("roll-direction", f"rolled along axis {axis} alone", rolled(1, i))
+
+
 def _chunk(call: Call) -> Proposals:
     parts = call.run()
     count = len(parts)
@@ -261,5 +280,6 @@ PROPOSALS: dict[str, Proposer] = {
     "__getitem__": _getitem,
     "arange": _arange,
     "pixel_shuffle": _pixel_shuffle,
+    "roll": _roll,
     "topk": _topk,
 }

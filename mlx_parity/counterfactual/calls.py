@@ -24,6 +24,7 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     ),
     "cat": ("tensors", "dim"),
     "chunk": ("input", "chunks", "dim"),
+    "roll": ("input", "shifts", "dims"),
     "split": ("tensor", "split_size_or_sections", "dim"),
     "max_pool2d": (
         *("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode"),

@@ -162,4 +162,30 @@ def _or_zero(call: Call) -> Any:
     return 0 if call.get("bias") is None else call.get("bias")
 
 
-PROPOSALS: dict[str, Proposer] = dict.fromkeys(NAMES, _norm)
+def _unit(call: Call) -> Proposals:
+    """A vector over its length, which is cut off at eps from below."""
+    p, dim = call.get("p", 2.0), call.get("dim", 1)
+    if not isinstance(dim, int):
+        return
+
+    def length(c: Call) -> T:
+        return c.x.norm(p, dim, keepdim=True)
+
+    for said, run in (
+        ("{:.4g} added to the length", lambda c, e: c.x / (length(c) + e)),
+        ("{:.4g} added under the root", lambda c, e: c.x / (length(c) ** 2 + e).sqrt()),
+    ):
+        yield Change("norm-eps", said, run, fit=(1e-6, True))
+    yield Change(
+        "norm-kind",
+        "RMSNorm for a length of 1",
+        lambda c: c.x / c.x.square().mean(dim, keepdim=True).sqrt(),
+    )
+    for axis in range(call.x.ndim):
+        if axis != dim % call.x.ndim:
+            said = f"a length of 1 along axis {axis} for {dim % call.x.ndim}"
+            yield Change("norm-axis", said, lambda c, a=axis: c.run(dim=a))
+    yield Change("layer-order", "normalize is skipped", lambda c: c.x * 1)
+
+
+PROPOSALS: dict[str, Proposer] = {**dict.fromkeys(NAMES, _norm), "normalize": _unit}

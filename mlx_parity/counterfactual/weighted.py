@@ -53,6 +53,12 @@ def _conv(call: Call) -> Proposals:
                 f"the kernel's axes in the order {[0, *order]}",
                 lambda c, o=order: c.run(weight=c.get("weight").permute(0, *o)),
             )
+    if not transposed and set(weight.shape[2:]) == {1} and weight.shape[0] == weight.shape[1]:
+        yield Change(
+            "weight-transposed",
+            "the weight transposed",
+            lambda c: c.run(weight=c.get("weight").transpose(0, 1)),
+        )
     yield Change(
         "conv-kernel-layout",
         "the kernel flipped",
@@ -78,6 +84,13 @@ def _conv(call: Call) -> Proposals:
                     lambda c, n=other: c.run(dilation=n)[..., -c.run().shape[-1] :],
                 )
     if not transposed and any(padding):
+        for share in (2, 0):
+            before = [p for q in reversed(padding) for p in (share * q, (2 - share) * q)]
+            yield Change(
+                "conv-geometry",
+                f"all of the padding {'before' if share else 'behind'}, none on the other side",
+                lambda c, w=before: c.run(input=F.pad(c.x, w), padding=0),
+            )
         widths = [p for q in reversed(padding) for p in (q, q)]
         for mode in ("reflect", "replicate", "circular"):
             yield Change(

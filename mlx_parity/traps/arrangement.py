@@ -66,6 +66,34 @@ class SliceShifted(Trap):
         return x[:, :5]
 
 
+class RollDirection(Trap):
+    """A roll written by hand, of a slice and a concatenation, that turns the other way.
+
+    `torch.roll(x, n)` brings the last n elements to the front, and so does `mx.roll`. A split at n
+    with both parts exchanged brings the first n to the back, which is a roll by -n. Shifted windows
+    roll there and back again: both are wrong, shapes and masks fit, and nothing is raised.
+    """
+
+    id = "roll-direction"
+    title = "Rolled the other way"
+    fix = "mx.roll(x, shifts, axes), which is torch.roll"
+    error = 1.07
+    shapes = arrays(x=(2, 8))
+
+    @staticmethod
+    def reference(x: T) -> T:
+        return torch.roll(x, 2, 1)
+
+    @staticmethod
+    def naive(x: A) -> A:
+        front, back = mx.split(x, [2], axis=1)
+        return mx.concatenate([back, front], axis=1)
+
+    @staticmethod
+    def fixed(x: A) -> A:
+        return mx.roll(x, 2, 1)
+
+
 class AxesOrder(Trap):
     """Axes that are exchanged before a reshape, or are not: the shape comes out the same.
 

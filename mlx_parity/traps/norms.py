@@ -56,7 +56,7 @@ class NormEps(Trap):
 
     id = "norm-eps"
     title = "A normalisation's eps differs"
-    fix = "pass eps to the MLX layer: nn.LayerNorm(dims, eps=1e-6)"
+    fix = "pass the original's eps: nn.LayerNorm(dims, eps=1e-6); or put it where the original does"
     error = 1.7e-5
     shapes = _FEATURES
 
@@ -83,7 +83,7 @@ class NormMomentum(Trap):
 
     id = "norm-momentum"
     title = "A normalisation's momentum differs"
-    fix = "pass momentum to the MLX layer: nn.BatchNorm(channels, momentum=0.1)"
+    fix = "pass the original's momentum to the MLX layer: nn.BatchNorm(channels, momentum=0.1)"
     error = 8.0
     shapes = _FEATURES
 
