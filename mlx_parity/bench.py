@@ -26,7 +26,7 @@ from mlx_parity.elementary import OfMLX
 from mlx_parity.equality import Tensors, compare, jitter
 from mlx_parity.errors import CarryError
 from mlx_parity.localise import Called
-from mlx_parity.structure import fresh, leaves, replace
+from mlx_parity.structure import fresh, in_containers, leaves, replace
 
 require_mlx()
 
@@ -124,7 +124,13 @@ class Bench:
             self.rounding.append({k: usual[k] - right[k] for k in right})
 
     def _flat(self, inputs: Any, kwargs: Any) -> dict[str, np.ndarray]:
-        found = named_arrays((inputs, kwargs), "in")
+        found: dict[str, np.ndarray] = {}
+
+        def named(name: str, array: Any) -> Any:
+            found[name] = array
+            return array
+
+        in_containers((inputs, kwargs), named, "in")
         return {k: a.astype(np.float32) if _floats(a) else a for k, a in found.items()}
 
     def run(self, module: tnn.Module, point: Tensors) -> dict[str, np.ndarray]:
@@ -431,13 +437,4 @@ def _out_name(place: str) -> str:
 def _filled(inputs: Any, kwargs: Any, arrays: Mapping[str, Any]) -> tuple[Any, Any]:
     """Inputs and keyword arguments with the arrays put in their places."""
 
-    def walk(value: Any, name: str) -> Any:
-        if isinstance(value, np.ndarray):
-            return arrays[name]
-        if isinstance(value, dict):
-            return {k: walk(v, f"{name}.{k}") for k, v in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(walk(v, f"{name}.{i}") for i, v in enumerate(value))
-        return value
-
-    return fresh((walk(inputs, "in.0"), walk(kwargs, "in.1")))
+    return fresh(in_containers((inputs, kwargs), lambda name, array: arrays[name], "in"))

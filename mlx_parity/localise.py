@@ -37,7 +37,7 @@ from mlx_parity.layers import port_layers, reference_layers
 from mlx_parity.layout import Layout, pair_leaves
 from mlx_parity.pairing import Map, ModulePair, Pairs, Unpaired, match_layers, pair_modules
 from mlx_parity.sides import MLXSide, TorchSide
-from mlx_parity.structure import fresh, is_floating, leaves, replace
+from mlx_parity.structure import fresh, in_containers, is_floating, leaves, replace
 
 require_mlx()
 
@@ -843,14 +843,15 @@ def _captured(session: _Session, k: int, theirs: Captured) -> Capture:
         return Capture((), {}, None)
 
     def plain(value: Any) -> Any:
-        return replace(value, lambda place, a: numpy_of(a))
+        return in_containers(value, lambda place, a: numpy_of(a))
 
     gradient = {
         place: numpy_of(g)
         for (path, index, place), g in theirs.gradients.items()
         if (path, index) == call.key
     }
-    return Capture(plain(call.args), plain(call.kwargs), plain(call.output), gradient or None)
+    output = replace(call.output, lambda place, a: numpy_of(a))
+    return Capture(plain(call.args), plain(call.kwargs), output, gradient or None)
 
 
 def _ends(session: _Session, k: int, readings: Mapping[int, Reading]) -> tuple[str, str] | None:

@@ -84,6 +84,24 @@ def replace(value: Any, change: Callable[[str, Any], Any]) -> Any:
     return walk(value, "", 0)
 
 
+def in_containers(value: Any, change: Callable[[str, Any], Any], name: str = "") -> Any:
+    """As :func:`replace`, in dicts, lists and tuples alone: an object, such as a cache that a layer
+    reads and writes, keeps arrays of its own library."""
+
+    def below(key: Any) -> str:
+        return f"{name}.{key}" if name else str(key)
+
+    if is_array(value):
+        return change(name, value)
+    if type(value) is dict:
+        return {k: in_containers(v, change, below(k)) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(in_containers(v, change, below(i)) for i, v in enumerate(value)))
+    if type(value) in (tuple, list):
+        return type(value)(in_containers(v, change, below(i)) for i, v in enumerate(value))
+    return value
+
+
 def fresh(value: Any) -> Any:
     """A copy of a call's arguments that another call will not change: what is neither an array nor
     a module, such as a cache that a layer writes to, is copied; arrays and modules are shared."""

@@ -15,6 +15,7 @@ from torch import nn as tnn
 from torch.nn import functional as F
 
 from mlx_parity import Report, check
+from mlx_parity.bench import Bench
 from mlx_parity.double import InDouble
 from mlx_parity.equality import compare
 from mlx_parity.localise import _Isolated
@@ -684,3 +685,115 @@ def test_an_infinite_bound_and_no_spread_are_no_warning():
         warnings.simplefilter("error")
         (finding,) = compare(lambda p: {"y": exact}, port, port, dict, stages=(8,), alpha=1e-4)
     assert finding.ok
+
+
+# ----------------------------------------------------------------------------------------- blocks
+
+
+class Cache:
+    """What a layer reads and writes; an int tensor of it is its own affair."""
+
+    def __init__(self) -> None:
+        self.layers: list[torch.Tensor] = []
+        self._seen = torch.tensor(0)
+
+
+class Layer(tnn.Module):
+    """Two branches, and how they stand to their norms and to each other."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.norm, self.norm2 = tnn.LayerNorm(DIM), tnn.LayerNorm(DIM)
+        self.up, self.down = tnn.Linear(DIM, DIM), tnn.Linear(DIM, DIM)
+        self.gain = tnn.Parameter(torch.randn(DIM) / 10)
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        if self.how == "before":
+            x = x + torch.tanh(self.up(self.norm(x)))
+        elif self.how == "behind":
+            x = self.norm(x + torch.tanh(self.up(x)))
+        elif self.how == "parallel":
+            y = self.norm(x)
+            return x + self.up(y) + torch.sigmoid(self.down(y))
+        return x + self.down(self.norm2(x) * (1 + self.gain))
+
+
+class Layered(tnn.Module):
+    def __init__(self, how: str, layers: int) -> None:
+        super().__init__()
+        self.layers = tnn.ModuleList(Layer(how) for _ in range(layers))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        cache = Cache()
+        for layer in self.layers:
+            x = layer(x, cache=cache)
+        return x
+
+
+class LayerPort(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self._how = how
+        self.norm, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
+        self.up, self.down = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.gain = mx.zeros(DIM)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._how == "before":
+            x = x + mx.tanh(self.up(self.norm(x)))
+        elif self._how == "behind":
+            x = self.norm(x + mx.tanh(self.up(x)))
+        elif self._how in ("parallel", "in a row"):
+            y = self.norm(x)
+            first = self.up(y)
+            return x + first + mx.sigmoid(self.down(y + first if self._how == "in a row" else y))
+        one = 0 if self._how == "no 1" else 1
+        return x + self.down(self.norm2(x) * (one + self.gain))
+
+
+class LayeredPort(nn.Module):
+    def __init__(self, how: str, layers: int) -> None:
+        super().__init__()
+        self.layers = [LayerPort(how) for _ in range(layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+SLIPS = {
+    "behind for before": ("before", "behind", "norm-first", "layer_norm behind the"),
+    "before for behind": ("behind", "before", "norm-first", "of one summand's branch"),
+    "in a row": ("parallel", "in a row", "another-tensor", "added to the input of the second"),
+    "no 1": ("plain", "no 1", "norm-affine", "no 1 added"),
+}
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_in_every_block_is_searched_for_once(name: str, monkeypatch: pytest.MonkeyPatch):
+    theirs, ours, trap, said = SLIPS[name]
+    tried: dict[int, int] = {}
+    usual = Bench.errors
+
+    def counted(self: Bench, *args: Any) -> float:
+        tried[id(self)] = tried.get(id(self), 0) + 1
+        return usual(self, *args)
+
+    monkeypatch.setattr(Bench, "errors", counted)
+    kept: list[Bench] = []  # or another would have its id
+    made = Bench.__post_init__
+    monkeypatch.setattr(Bench, "__post_init__", lambda self: (kept.append(self), made(self))[1])
+    report = check(Layered(theirs, 3), LayeredPort(ours, 3), X, until="forward", weights="random")
+    assert guilty(report) == ["layers.0", "layers.1", "layers.2"]
+    assert [d.where for d in report.diagnoses if d.trap_id == trap] == guilty(report)
+    assert said in causes(report)[trap]
+    first, *others = tried.values()
+    assert first > 20
+    assert max(others) < 6
+
+
+@pytest.mark.parametrize("how", ["before", "behind", "parallel", "plain"])
+def test_blocks_that_are_alike_are_equal(how: str):
+    check(Layered(how, 2), LayeredPort(how, 2), X, until="gradients").assert_ok()

@@ -515,13 +515,15 @@ class RotatedPort(nn.Module):
                 return mx.tile(y, (1, HEADS // KEYS, 1, 1))
             return mx.repeat(y, HEADS // KEYS, axis=1)
 
-        q, k = self.rope(cut(self.q(x))), self.rope(cut(self.k(x)))
+        first = 1 if self.fault == "later" else 0
+        q, k = self.rope(cut(self.q(x)), offset=first), self.rope(cut(self.k(x)))
+        v = self.rope(cut(self.k(x))) if self.fault == "values" else cut(self.k(x))
         ahead = 1 if self.fault == "ahead" else 0
         mask = mx.triu(mx.full((x.shape[1], x.shape[1]), -1e9), 1 + ahead)
         if self.fault == "unmasked":
             mask = mx.zeros_like(mask)
         scores = q @ every(k).swapaxes(2, 3) * WIDTH**-0.5 + mask
-        y = mx.softmax(scores, axis=-1) @ every(cut(self.k(x)))
+        y = mx.softmax(scores, axis=-1) @ every(v)
         return self.o(y.swapaxes(1, 2).flatten(2))
 
 
@@ -539,6 +541,8 @@ class RotatedModelPort(nn.Module):
     [
         ("traditional", "rotary-layout", "pairs of neighbours for halves"),
         ("base", "rotary-base", "a rotary base of about 1e+02 for 1e+04"),
+        ("later", "position-offset", "positions +1, in q alone"),
+        ("values", "position-offset", "the values rotated too"),
         ("tiled", "repeat-interleaves", "the whole repeated, not each element"),
         ("unmasked", "attention-mask", "no mask"),
         ("ahead", "attention-mask", "a key more for each query"),

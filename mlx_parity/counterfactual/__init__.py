@@ -29,8 +29,10 @@ from mlx_parity.counterfactual.tracing import (
     of_calls,
     of_given_rotations,
     of_neighbours,
+    of_norm_places,
     of_other_tensors,
     of_rotations,
+    of_sums,
 )
 
 
@@ -46,6 +48,7 @@ def alternatives(
     found += of_rotations(trace)
     found += of_given_rotations(trace)
     found += of_neighbours(trace)
+    found += of_norm_places(trace)
     found += of_functions(module)
     found += of_children(module)
     settings = list(of_settings(module))
@@ -53,6 +56,7 @@ def alternatives(
     found += of_mode(module)
     found += of_whole(module)
     found += of_calls(trace.inserted, trace.shapes)
+    found += of_sums(trace)
     found += of_other_tensors(trace)
     # A number found explains the least, one that has a name more than others, a factor less.
     named = {id(a) for a in settings}

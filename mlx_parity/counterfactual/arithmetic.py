@@ -14,6 +14,8 @@ from mlx_parity.counterfactual.calls import Call, Change, Proposals, Proposer, T
 
 def _add(call: Call) -> Proposals:
     a, b = call.args[0], call.args[1] if len(call.args) > 1 else None
+    if not isinstance(b, T) and b == 1:  # a norm's weight that is kept as its distance from 1
+        yield Change("norm-affine", "no 1 added", lambda c: c.args[0] * 1)
     if isinstance(b, float) and 0 < b <= SMALL:  # what keeps a divisor or a root from zero
         yield Change("norm-eps", f"{{:.4g}} for {b:g}", lambda c, e: c.args[0] + e, fit=(b, True))
     if not (isinstance(a, T) and isinstance(b, T)):
@@ -210,7 +212,7 @@ def _variance(call: Call) -> Proposals:
 
 
 PROPOSALS: dict[str, Proposer] = {
-    **dict.fromkeys(("add", "add_"), _add),
+    **dict.fromkeys(("add", "add_", "__radd__"), _add),
     **dict.fromkeys(("mul", "mul_", "div", "div_", "__rmul__"), _mul),
     **dict.fromkeys(("norm", "vector_norm"), _norm),
     **dict.fromkeys(("rsub", "__rsub__"), _from_one),

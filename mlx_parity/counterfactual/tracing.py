@@ -176,6 +176,78 @@ def of_neighbours(trace: Trace) -> Iterator[Alternative]:
             yield Alternative("layer-order", what, functools.partial(_around_sum, i))
 
 
+def of_norm_places(trace: Trace) -> Iterator[Alternative]:
+    """A normalisation of what goes into a branch, or of the sum with it, the one for the other."""
+    for i, norm in enumerate(trace.recorded):
+        if norm.name not in norms.NAMES:
+            continue
+        for j, add in enumerate(trace.recorded):
+            if add.name != "add" or not any(a is norm.x for a in add.args[:2]) or j < i:
+                continue
+            kept: list[Call] = []
+
+            def skipped(c: Call, kept: list[Call] = kept) -> Any:
+                kept[:] = [c]
+                return c.x * 1
+
+            def behind(c: Call, kept: list[Call] = kept) -> Any:
+                return _like(kept[0], c.run())
+
+            changes: Changes = {i: skipped, j: behind}
+            said = f"the {_numbered(trace, i)} behind the {_numbered(trace, j)}, not before"
+            yield Alternative("norm-first", said, functools.partial(_changed, changes))
+            break
+        summed = next((j for j in range(i) if trace.results[j] is norm.x), None)
+        if summed is None or trace.recorded[summed].name != "add":
+            continue
+        for x in trace.recorded[summed].args[:2]:
+            into = [
+                k for k in range(summed) if trace.recorded[k].args[:1] and trace.recorded[k].x is x
+            ]
+            if isinstance(x, T) and into:
+                own = functools.partial(_like, norm)
+                moved = dict.fromkeys(into, functools.partial(_of_own, own))
+                changes = {**moved, i: _untouched}
+                said = f"the {_numbered(trace, i)} of one summand's branch, not of the sum"
+                yield Alternative("norm-first", said, functools.partial(_changed, changes))
+
+
+def _of_own(own: Callable[[Any], Any], call: Call) -> Any:
+    return _like(call, own(call.x))
+
+
+def _untouched(call: Call) -> Any:
+    return call.x * 1
+
+
+def of_sums(trace: Trace) -> Iterator[Alternative]:
+    """Branches in a row that are side by side in the original: one reads the other's result too."""
+    starts = [i for i, c in enumerate(trace.recorded) if c.name in ("linear", "conv1d", "conv2d")]
+    for i in starts:
+        x = trace.recorded[i].x
+        for j in range(i - 1, max(-1, i - _REACH), -1):
+            other = trace.results[j]
+            alike = isinstance(other, T) and other.shape == x.shape and other.dtype == x.dtype
+            if alike and other is not x and trace.recorded[j].name in ("linear", "conv2d"):
+                same = [k for k in starts if k > j and trace.recorded[k].x is x]
+                yield Alternative(
+                    "another-tensor",
+                    f"the result of the {_numbered(trace, j)} added to the input of the "
+                    f"{_numbered(trace, i)}",
+                    functools.partial(_summed, j, tuple(same)),
+                )
+
+
+def _summed(source: int, at: tuple[int, ...], module: tnn.Module) -> Changed:
+    kept: list[Any] = []
+
+    def first(c: Call) -> Any:
+        kept[:] = [c.run()]
+        return kept[0]
+
+    return Changed({source: first} | dict.fromkeys(at, lambda c: _like(c, c.x + kept[0])))
+
+
 def _like(call: Call, x: Any) -> Any:
     """A call of one tensor with another in its place."""
     return call.func(x, *call.args[1:], **call.kwargs)
@@ -355,15 +427,46 @@ def of_given_rotations(trace: Trace) -> Iterator[Alternative]:
         ):
             yield Alternative(trap, f"{said}{where}", of(some, change))
     cos, sin = (trace.recorded[n].args[1] for n in (found[0].by_cos, found[0].by_sin))
-    for trap, start, spoken, angles in _ANGLES:
+    yield from _of_values(trace, found, cos, sin)
+    for where, some in subsets:
+        for trap, start, spoken, angles in _ANGLES:
 
-        def at(
-            number: float, trap: str = trap, spoken: Any = spoken, angles: Any = angles
-        ) -> Alternative:
-            what = spoken(number, _base(cos, sin))
-            return Alternative(trap, what, of(found, lambda r: _turned(angles, number, r)))
+            def at(
+                number: float,
+                where: str = where,
+                some: Sequence[_Rotation] = some,
+                trap: str = trap,
+                spoken: Any = spoken,
+                angles: Any = angles,
+            ) -> Alternative:
+                what = f"{spoken(number, _base(cos, sin))}{where}"
+                return Alternative(trap, what, of(some, lambda r: _turned(angles, number, r)))
 
-        yield Alternative(trap, "", at(start).within, (start, False), at)
+            yield Alternative(trap, f"{trap}{where}", at(start).within, (start, False), at)
+
+
+def _of_values(trace: Trace, found: Sequence[_Rotation], cos: T, sin: T) -> Iterator[Alternative]:
+    """The values rotated as queries and keys are: behind the last of these a product takes them."""
+
+    def rotated(x: T) -> T:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    for i, call in enumerate(trace.recorded):
+        place = {"matmul": 1, "scaled_dot_product_attention": 2}.get(call.name)
+        if place is None or i < max(r.sum for r in found) or len(call.args) <= place:
+            continue
+        if isinstance(call.args[place], T) and call.args[place].shape[-2:] == cos.shape[-2:]:
+
+            def change(c: Call, place: int = place) -> Any:
+                args = (*c.args[:place], rotated(c.args[place]), *c.args[place + 1 :])
+                return c.func(*args, **c.kwargs)
+
+            yield Alternative(
+                "position-offset",
+                "the values rotated too",
+                functools.partial(_changed, {i: change}),
+            )
 
 
 Changes = dict[int, Callable[[Call], Any]]
