@@ -176,7 +176,9 @@ def _of_guilty(guilty: Guilty, seconds: float, known: Known) -> list[Diagnosis]:
     pair = guilty.pair
     read = _of_clues(c for p in (pair, *_inside(pair)) for c in of_pair(p))
     backward = guilty.direction == "backward"
-    tried = _tried(pair, guilty.capture, backward, seconds, guilty.called, known)
+    inside = len(pair.reference_path) + 1 if pair.reference_path else 0
+    after, before = (path[inside:] for path in guilty.between or ("", ""))
+    tried = _tried(pair, guilty.capture, backward, seconds, guilty.called, known, (after, before))
     # What both say comes first, then what was computed, then what was only read.
     both = [d for d in read if d.trap_id in {t.trap_id for t in tried}]
     said = {(d.trap_id, d.where) for d in both}
@@ -259,6 +261,7 @@ def _tried(
     seconds: float,
     called: Called | None = None,
     known: Known | None = None,
+    between: tuple[str, str] = ("", ""),
 ) -> list[Diagnosis]:
     """The alternatives under which the port is equal, likely ones first; one of each trap.
 
@@ -266,7 +269,7 @@ def _tried(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PyTorch says of alternatives concerns nobody
-        return _search(pair, capture, backward, seconds, called, known or Known())
+        return _search(pair, capture, backward, seconds, called, known or Known(), between)
 
 
 def _search(
@@ -276,6 +279,7 @@ def _search(
     seconds: float,
     called: Called | None,
     known: Known,
+    between: tuple[str, str],
 ) -> list[Diagnosis]:
     try:
         bench = Bench(
@@ -294,7 +298,7 @@ def _search(
     names: set[str] = set()
     stop = time.monotonic() + (seconds / 2 if known.asked else seconds)
     known.asked += 1
-    options = alternatives(bench.oracle, bench.call, backward)
+    options = alternatives(bench.oracle, bench.call, backward, between)
     for alternative in sorted(options, key=lambda a: a.what not in known.what):
         if time.monotonic() > stop or (found and known.what and alternative.what not in known.what):
             break

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mlx_parity import Report, check
 from mlx_parity.bench import Bench
+from mlx_parity.counterfactual import Alternative
 from mlx_parity.double import InDouble
 from mlx_parity.equality import compare
 from mlx_parity.localise import _Isolated
@@ -797,3 +798,40 @@ def test_a_slip_in_every_block_is_searched_for_once(name: str, monkeypatch: pyte
 @pytest.mark.parametrize("how", ["before", "behind", "parallel", "plain"])
 def test_blocks_that_are_alike_are_equal(how: str):
     check(Layered(how, 2), LayeredPort(how, 2), X, until="gradients").assert_ok()
+
+
+class Capped(tnn.Module):
+    """A cap behind layers in which many more calls could be changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = Layered("before", 3), tnn.Linear(DIM, DIM)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.head(self.layers(x)))
+
+
+class CappedPort(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = LayeredPort("before", 3), nn.Linear(DIM, DIM)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.head(self.layers(x))
+
+
+def test_what_lies_behind_the_last_that_agrees_is_tried_first(monkeypatch: pytest.MonkeyPatch):
+    tried: list[str] = []
+    usual = Bench.errors
+
+    def noted(self: Bench, alternative: Alternative, points: Any) -> float:
+        tried.append(alternative.what)
+        return usual(self, alternative, points)
+
+    monkeypatch.setattr(Bench, "errors", noted)
+    report = check(Capped(), CappedPort(), X, until="forward", weights="random")
+    assert guilty(report) == [""]
+    assert report.guilty[0].between == ("head", "")
+    (found,) = (i for i, what in enumerate(tried) if what.startswith("no tanh, in the 4th tanh"))
+    assert found < 20
+    assert len(tried) > 20

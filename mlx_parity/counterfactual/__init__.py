@@ -37,11 +37,20 @@ from mlx_parity.counterfactual.tracing import (
 
 
 def alternatives(
-    module: tnn.Module, call: Callable[[tnn.Module], Any], backward: bool = False
+    module: tnn.Module,
+    call: Callable[[tnn.Module], Any],
+    backward: bool = False,
+    between: tuple[str, str] = ("", ""),
 ) -> list[Alternative]:
-    """Every alternative for ``module``, likely ones first; ``call(module)`` calls it once."""
+    """Every alternative for ``module``, likely ones first; ``call(module)`` calls it once.
+
+    ``between`` are paths within it: of what still agrees and of what no longer does. What is called
+    after the one and before the other comes first.
+    """
+    probe = copy.deepcopy(module)
     with Trace(backward) as trace:
-        call(copy.deepcopy(module))
+        ends = _numbered(probe, trace, *between)
+        call(probe)
     found = list(of_calls(trace.calls, trace.shapes))
     if backward:
         found += of_parameters(module)
@@ -61,11 +70,33 @@ def alternatives(
     # A number found explains the least, one that has a name more than others, a factor less.
     named = {id(a) for a in settings}
 
-    def rank(a: Alternative) -> tuple[bool, bool, bool]:
+    first, last = ends.get("first", 0), ends.get("last", len(trace.calls))
+
+    def rank(a: Alternative) -> tuple[bool, ...]:
+        elsewhere = bool(ends) and any(not first <= i < last for i in a.calls)
         fitted = a.fit is not None
-        return fitted, fitted and id(a) not in named, fitted and a.trap_id == "scale-factor"
+        factor = fitted and a.trap_id == "scale-factor"
+        return elsewhere, fitted, fitted and id(a) not in named, factor
 
     return sorted(found, key=rank)
+
+
+def _numbered(module: tnn.Module, trace: Trace, after: str, before: str) -> dict[str, int]:
+    """How many calls there were when ``after`` had first returned and ``before`` was first called;
+    known once the module has been called."""
+    found: dict[str, int] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            found.setdefault(name, len(trace.calls))
+
+        return hook
+
+    if after:
+        module.get_submodule(after).register_forward_hook(note("first"))
+    if before:
+        module.get_submodule(before).register_forward_pre_hook(note("last"))
+    return found
 
 
 __all__ = ["Alternative", "alternatives"]

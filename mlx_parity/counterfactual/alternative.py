@@ -20,3 +20,5 @@ class Alternative:
     fit: tuple[float, bool] | None = None
     at: Callable[[float], Alternative] | None = None
     """Where ``fit`` is given: the alternative with a number put in."""
+    calls: tuple[int, ...] = ()
+    """The calls that it changes, by their numbers; none where it is about something else."""

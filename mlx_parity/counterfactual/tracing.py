@@ -123,12 +123,13 @@ def of_calls(
                 change.trap_id,
                 f"{what}{where}",
                 lambda module: Changed(dict.fromkeys(at, run)),
+                calls=at,
             )
 
         if change.fit is None:
             return alternative(None)
         return Alternative(
-            change.trap_id, change.what, alternative(1.0).within, change.fit, alternative
+            change.trap_id, change.what, alternative(1.0).within, change.fit, alternative, at
         )
 
     groups: dict[tuple[str, str, str], list[tuple[int, Change]]] = {}
@@ -235,6 +236,7 @@ def of_sums(trace: Trace) -> Iterator[Alternative]:
                     f"the result of the {_numbered(trace, j)} added to the input of the "
                     f"{_numbered(trace, i)}",
                     functools.partial(_summed, j, tuple(same)),
+                    calls=tuple(same),
                 )
 
 
@@ -342,6 +344,7 @@ def of_other_tensors(trace: Trace) -> Iterator[Alternative]:
                         f"{said} of the {_numbered(trace, j)} for argument {place + 1} of the "
                         f"{_numbered(trace, i)}",
                         functools.partial(_rewired, i, place, (j, n)),
+                        calls=(i,),
                     )
 
 
