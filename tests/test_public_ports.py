@@ -283,6 +283,9 @@ def test_a_convolution_that_is_padded_by_its_caller_is_innocent():
     report = check(Padded(), PaddedPort(act=mx.sigmoid), X, until="gradients")
     assert guilty(report) == [""]
     assert list(causes(report)) == ["activation-kind"]
+    (conv,) = (r for r in report.readings if r.pair.reference_path == "conv")
+    assert conv.note == "takes another shape in the port"
+    assert conv.isolated is None
 
 
 @pytest.mark.parametrize(("before", "said"), [(4, "padding before"), (0, "padding behind")])
@@ -408,6 +411,25 @@ def test_exchanged_outputs_are_said_to_be():
     report = check(Two(), TwoPort(), X, until="forward")
     assert not report.ok
     assert "output 0 of the port is output 1 of the reference" in report.notes
+
+
+def test_a_model_that_differs_in_what_was_not_compared_is_a_note():
+    """Two outputs of one size in the port: neither is surely the reference's one."""
+
+    def both(port: nn.Module, x: mx.array) -> dict[str, mx.array]:
+        found = port(x)
+        pooled = found["pooled_output"]
+        states = {"last_hidden_state": found["last_hidden_state"]}
+        return {**states, "pooled_output": pooled, "other": 2 * pooled}
+
+    class Root(EmbeddedPort):
+        def __call__(self, x: mx.array) -> dict[str, mx.array]:
+            return both(super().__call__, x)
+
+    report = check(Embedded(), Root(0), X, until="gradients")
+    assert report.uncompared == ["text_embeds"]
+    assert report.guilty == []
+    assert any("by itself gives something else" in note for note in report.notes)
 
 
 def test_what_nothing_depends_on_is_a_note_and_nobody_is_guilty():
@@ -660,16 +682,26 @@ def test_what_is_known_is_not_computed_again(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(_Isolated, "port", counted)
 
-    class Doubtful(nn.Module):
+    class Both(tnn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+            self.one, self.two = Written(torch.tanh), Written(torch.tanh)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.one(x), self.two(x)
+
+    class BothPort(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = WrittenPort(mx.sigmoid)
+            self.two = WrittenPort(lambda x: mx.tanh(x) * (1 + 3e-6))
 
         def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-            return 2 * self.a(x), self.b(x) * (1 + 4e-6)
+            return self.one(x), self.two(x)
 
-    check(Two(), Doubtful(), X, until="forward", localised=True)
-    assert 8 < calls[""] < 8 + 48 + 2
+    report = check(Both(), BothPort(), X, until="forward", explain=False)
+    assert guilty(report) == ["one", "two"]
+    assert calls["one"] < 20 < 40 < calls["two"]
 
 
 def test_an_infinite_bound_and_no_spread_are_no_warning():
@@ -692,11 +724,10 @@ def test_an_infinite_bound_and_no_spread_are_no_warning():
 
 
 class Cache:
-    """What a layer reads and writes; an int tensor of it is its own affair."""
+    """What a layer reads and writes; its tensors are its own affair."""
 
     def __init__(self) -> None:
-        self.layers: list[torch.Tensor] = []
-        self._seen = torch.tensor(0)
+        self.seen, self._count = torch.zeros(1), torch.tensor(0)
 
 
 class Layer(tnn.Module):
@@ -709,7 +740,8 @@ class Layer(tnn.Module):
         self.up, self.down = tnn.Linear(DIM, DIM), tnn.Linear(DIM, DIM)
         self.gain = tnn.Parameter(torch.randn(DIM) / 10)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache) -> torch.Tensor:
+        x = x + cache.seen.to(x.dtype)
         if self.how == "before":
             x = x + torch.tanh(self.up(self.norm(x)))
         elif self.how == "behind":
