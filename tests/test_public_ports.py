@@ -218,6 +218,7 @@ def test_frequencies_too_steep_to_be_fitted_are_named(how: dict[str, Any], trap:
     t = np.random.default_rng(0).random(3).astype(np.float32)
     report = check(Timed(), TimedPort(**how), t, until="forward")
     assert guilty(report) == ["times"]
+    assert not any(reading.note for reading in report.readings)  # each can be called alone
     assert said in causes(report)[trap]
 
 
