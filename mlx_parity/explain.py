@@ -85,21 +85,29 @@ def explain(climb: Climb, map: Map | None, report: Report, failed: str) -> None:
             report.diagnoses = [d for d in found if "ptimizer" in str(d)] or found
             return
         suspects: list[Any] = [*report.guilty] or [r.pair for r in report.readings]
-        report.diagnoses = [d for d in diagnose(suspects) if not _beside(d, report)]
+        report.diagnoses = [d for d in diagnose(suspects) if not _beside(d, report, failed)]
     except Exception as error:  # an explanation is welcome; the verdict stands without it
         report.notes.append(f"no diagnosis: {type(error).__name__}: {error}")
 
 
-def _beside(diagnosis: Diagnosis, report: Report) -> bool:
+GEOMETRY = ("conv-geometry", "pool-window")
+
+
+def _beside(diagnosis: Diagnosis, report: Report, failed: str) -> bool:
     """Whether a setting that differs is nothing to the port: of a module that is padded by its
-    caller, say, or that was found equal as a whole."""
+    caller, say, or that was found equal as a whole; or of gradients, where outputs differ."""
+    trap = diagnosis.trap_id
+    if trap == "embedding-padding" and failed.startswith("forward"):
+        return True
+    if diagnosis.where in {g.pair.reference_path for g in report.guilty}:
+        return False
     for r in report.readings:
         if r.pair.reference_path != diagnosis.where:
             continue
-        if r.note == ANOTHER_SHAPE:
-            return diagnosis.trap_id in ("conv-geometry", "pool-window")
+        if trap in GEOMETRY and report.guilty:
+            return r.note == ANOTHER_SHAPE or r.forward is None or r.forward.ok
         known = r.forward is not None and r.isolated is not None
-        return diagnosis.trap_id == "module-setting" and known and r.ok
+        return trap == "module-setting" and known and r.ok
     return False
 
 

@@ -798,8 +798,8 @@ class LayeredPort(nn.Module):
 
 
 SLIPS = {
-    "behind for before": ("before", "behind", "norm-first", "layer_norm behind the"),
-    "before for behind": ("behind", "before", "norm-first", "of one summand's branch"),
+    "behind for before": ("before", "behind", "norm-first", "norm of the second add, not of"),
+    "before for behind": ("behind", "before", "norm-first", "norm of one summand's branch, not of"),
     "in a row": ("parallel", "in a row", "another-tensor", "added to the input of the second"),
     "no 1": ("plain", "no 1", "norm-affine", "no 1 added"),
 }
@@ -868,3 +868,145 @@ def test_what_lies_behind_the_last_that_agrees_is_tried_first(monkeypatch: pytes
     (found,) = (i for i, what in enumerate(tried) if what.startswith("no tanh, in the 4th tanh"))
     assert found < 20
     assert len(tried) > 20
+
+
+class MeanSquareNorm(tnn.Module):
+    """A norm as language models write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = tnn.Parameter(torch.ones(DIM))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.to(torch.float32)
+        return (self.weight * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+class CentredNorm(MeanSquareNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y - y.mean(-1, keepdim=True)
+        return self.weight * y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+class Sandwich(tnn.Module):
+    """``beside``: the second branch reads the same norm's result as the first."""
+
+    def __init__(self, norm: type[tnn.Module], beside: bool) -> None:
+        super().__init__()
+        self.norm, self.norm2 = norm(), norm()
+        self.up, self.down = tnn.Linear(DIM, DIM), tnn.Linear(DIM, DIM)
+        self.beside = beside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.beside:
+            y = self.norm(x)
+            return x + self.up(y) + torch.tanh(self.down(y))
+        return 3 * (x + self.norm2(self.down(torch.tanh(self.up(self.norm(x))))))
+
+
+class SandwichPort(nn.Module):
+    def __init__(self, how: str, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self._how = how
+        self.norm, self.norm2 = norm(DIM, eps=1e-6), norm(DIM, eps=1e-6)
+        self.up, self.down = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._how == "in a row":
+            x = x + self.up(self.norm(x))
+            return x + mx.tanh(self.down(self.norm(x)))
+        y = self.down(mx.tanh(self.up(self.norm(x))))
+        if self._how == "of the sum":
+            return 3 * self.norm2(x + y)
+        return (3 / 4 if self._how == "factor" else 3) * (x + self.norm2(y))
+
+
+NORMS = {
+    "of the sum": (MeanSquareNorm, False, "norm-first", "norm2 of the"),
+    "in a row": (MeanSquareNorm, True, "another-tensor", "added to what norm takes for the second"),
+    "factor": (MeanSquareNorm, False, "scale-factor", "times 0.25 more"),
+}
+
+
+@pytest.mark.parametrize("how", NORMS)
+def test_norms_that_are_modules_of_their_own_move_too(how: str):
+    norm, beside, trap, said = NORMS[how]
+    report = check(
+        Sandwich(norm, beside), SandwichPort(how, nn.RMSNorm), X, until="forward", weights="random"
+    )
+    assert guilty(report) == [""]
+    assert said in causes(report)[trap]
+
+
+def test_a_mean_that_is_not_subtracted_is_named():
+    report = check(
+        Sandwich(CentredNorm, False),
+        SandwichPort("", nn.RMSNorm),
+        X,
+        until="forward",
+        weights="random",
+    )
+    assert guilty(report) == ["norm", "norm2"]
+    assert "no mean subtracted" in causes(report)["norm-kind"]
+    check(Sandwich(MeanSquareNorm, False), SandwichPort("", nn.RMSNorm), X).assert_ok()
+
+
+class Worded(tnn.Module):
+    """Positions from 2, as RoBERTa has them, and a word that stands for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = tnn.Embedding(11, DIM, padding_idx=1)
+        self.places = tnn.Embedding(9, DIM)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.words(tokens) + self.places(2 + torch.arange(tokens.shape[1]))
+
+
+class WordedPort(nn.Module):
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, DIM), nn.Embedding(9, DIM)
+        self._first = first
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.words(tokens) + self.places(self._first + mx.arange(tokens.shape[1]))
+
+
+def test_what_concerns_gradients_explains_no_output():
+    tokens = np.array([[3, 5, 2, 7]])
+    check(Worded(), WordedPort(2), tokens, until="forward").assert_ok()
+    report = check(Worded(), WordedPort(0), tokens, until="gradients")
+    assert report.failed is not None
+    assert report.failed.name == "forward"
+    assert "embedding-padding" not in causes(report)
+    assert "off by -2" in causes(report)["index-out-of-bounds"]
+
+
+def test_rounding_that_tokens_alone_do_not_vary_is_no_difference():
+    """A factor behind a language model: all points are the same, and so is every rounding."""
+
+    class Model(tnn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.layers = tnn.Embedding(31, DIM), Layered("before", 2)
+            self.head = tnn.Linear(DIM, 31)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.layers(self.words(tokens))) / 2
+
+    class Port(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.layers = nn.Embedding(31, DIM), LayeredPort("before", 2)
+            self.head = nn.Linear(DIM, 31)
+
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.head(self.layers(self.words(tokens))) * 2
+
+    tokens = np.random.default_rng(0).integers(0, 31, (4, 24))
+    report = check(Model(), Port(), tokens, until="forward", weights="random")
+    assert guilty(report) == [""]
+    assert "times 4 more (div)" in causes(report)["scale-factor"]
+    assert list(causes(report)) == ["scale-factor"]

@@ -10,12 +10,14 @@ alternative under which the bias returns to 1 is what the port computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn as tnn
 
 from mlx_parity.counterfactual.alternative import Alternative
+from mlx_parity.counterfactual.blocks import Visit, of_norm_places, of_rows, watched
 from mlx_parity.counterfactual.gradients import of_parameters
 from mlx_parity.counterfactual.modules import (
     of_children,
@@ -29,11 +31,12 @@ from mlx_parity.counterfactual.tracing import (
     of_calls,
     of_given_rotations,
     of_neighbours,
-    of_norm_places,
     of_other_tensors,
     of_rotations,
-    of_sums,
 )
+
+FEW = 12
+"""Of as few calls all is tried, numbers too, before what is about something else."""
 
 
 def alternatives(
@@ -49,31 +52,32 @@ def alternatives(
     """
     probe = copy.deepcopy(module)
     with Trace(backward) as trace:
-        ends = _numbered(probe, trace, *between)
+        visits = watched(probe, trace)
         call(probe)
+    first, last = _window(visits, *between, len(trace.calls))
     found = list(of_calls(trace.calls, trace.shapes))
     if backward:
         found += of_parameters(module)
     found += of_rotations(trace)
     found += of_given_rotations(trace)
     found += of_neighbours(trace)
-    found += of_norm_places(trace)
+    found += of_norm_places(trace, visits)
     found += of_functions(module)
-    found += of_children(module)
+    found += of_children(module, visits)
     settings = list(of_settings(module))
     found += settings
     found += of_mode(module)
-    found += of_whole(module)
+    found += [replace(a, calls=(last - 1,)) for a in of_whole(module)]
     found += of_calls(trace.inserted, trace.shapes)
-    found += of_sums(trace)
+    found += of_rows(trace, visits)
     found += of_other_tensors(trace)
     # A number found explains the least, one that has a name more than others, a factor less.
     named = {id(a) for a in settings}
 
-    first, last = ends.get("first", 0), ends.get("last", len(trace.calls))
+    few = last - first <= FEW < len(trace.calls)
 
     def rank(a: Alternative) -> tuple[bool, ...]:
-        elsewhere = bool(ends) and any(not first <= i < last for i in a.calls)
+        elsewhere = any(not first <= i < last for i in a.calls) or (few and not a.calls)
         fitted = a.fit is not None
         factor = fitted and a.trap_id == "scale-factor"
         return elsewhere, fitted, fitted and id(a) not in named, factor
@@ -81,22 +85,11 @@ def alternatives(
     return sorted(found, key=rank)
 
 
-def _numbered(module: tnn.Module, trace: Trace, after: str, before: str) -> dict[str, int]:
-    """How many calls there were when ``after`` had first returned and ``before`` was first called;
-    known once the module has been called."""
-    found: dict[str, int] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            found.setdefault(name, len(trace.calls))
-
-        return hook
-
-    if after:
-        module.get_submodule(after).register_forward_hook(note("first"))
-    if before:
-        module.get_submodule(before).register_forward_pre_hook(note("last"))
-    return found
+def _window(visits: Sequence[Visit], after: str, before: str, count: int) -> tuple[int, int]:
+    """The calls behind the end of ``after`` and before the start of ``before``."""
+    ends = {v.path: v.end for v in visits}
+    starts = {v.path: v.start for v in visits}
+    return ends.get(after, 0), starts.get(before, count)
 
 
 __all__ = ["Alternative", "alternatives"]

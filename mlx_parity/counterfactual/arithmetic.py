@@ -131,6 +131,13 @@ def _spans(a: T, b: T) -> bool:
     return torch.broadcast_shapes(a.shape, b.shape) == a.shape
 
 
+def _sub(call: Call) -> Proposals:
+    """``x - x.mean()``, of a norm that is written out."""
+    a, b = call.args[0], call.args[1] if len(call.args) > 1 else None
+    if isinstance(a, T) and isinstance(b, T) and a.shape != b.shape and _spans(a, b):
+        yield Change("norm-kind", "no mean subtracted", lambda c: c.args[0] * 1)
+
+
 def _from_one(call: Call) -> Proposals:
     """``1 - x``."""
     yield Change("scale-factor", "no complement (x for 1 - x)", lambda c: c.args[0] * 1)
@@ -216,6 +223,7 @@ PROPOSALS: dict[str, Proposer] = {
     **dict.fromkeys(("mul", "mul_", "div", "div_", "__rmul__"), _mul),
     **dict.fromkeys(("norm", "vector_norm"), _norm),
     **dict.fromkeys(("rsub", "__rsub__"), _from_one),
+    "sub": _sub,
     "matmul": _matmul,
     **dict.fromkeys(("sqrt", "rsqrt"), _sqrt),
     **dict.fromkeys(("mean", "sum"), _reduction),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,60 +12,53 @@ from torch import nn as tnn
 
 from mlx_parity.counterfactual.activations import ACTIVATIONS
 from mlx_parity.counterfactual.alternative import Alternative
+from mlx_parity.counterfactual.blocks import Visit, forwarding
 from mlx_parity.counterfactual.calls import T
-
-
-@contextlib.contextmanager
-def _forward(module: tnn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
 
 _MANY_CHILDREN = 24
 """From how many modules on only the upper levels are changed: pairs grow as the square."""
 
 
-def of_children(module: tnn.Module) -> Iterator[Alternative]:
+def of_children(module: tnn.Module, visits: Sequence[Visit] = ()) -> Iterator[Alternative]:
     """Layers skipped, doubled, and swapped with their like."""
+    began = {v.path: v.start for v in visits}
+
+    def about(trap: str, what: str, within: Callable[..., Any], *paths: str) -> Alternative:
+        calls = tuple(began[path] for path in paths if path in began)
+        return Alternative(trap, what, within, calls=calls)
+
     names = [n for n, m in module.named_modules() if n and not isinstance(m, tnn.ModuleList)]
     if len(names) > _MANY_CHILDREN:
         names = [n for n in names if n.count(".") < 2][:_MANY_CHILDREN]
 
     def skipped(name: str) -> Alternative:
         def within(m: tnn.Module) -> Any:
-            return _forward(m.get_submodule(name), lambda x, *_, **__: x)
+            return forwarding(m.get_submodule(name), lambda x, *_, **__: x)
 
-        return Alternative("layer-order", f"{name} is skipped", within)
+        return about("layer-order", f"{name} is skipped", within, name)
 
     def doubled(name: str) -> Alternative:
         def within(m: tnn.Module) -> Any:
             child = m.get_submodule(name)
             once = child.forward
-            return _forward(child, lambda x, *a, **k: once(once(x, *a, **k), *a, **k))
+            return forwarding(child, lambda x, *a, **k: once(once(x, *a, **k), *a, **k))
 
-        return Alternative("layer-order", f"{name} is called twice", within)
+        return about("layer-order", f"{name} is called twice", within, name)
 
     def swapped(a: str, b: str) -> Alternative:
         @contextlib.contextmanager
         def within(m: tnn.Module) -> Iterator[None]:
             one, two = m.get_submodule(a), m.get_submodule(b)
-            with _forward(one, two.forward), _forward(two, one.__class__.forward.__get__(one)):
+            with forwarding(one, two.forward), forwarding(two, one.__class__.forward.__get__(one)):
                 yield
 
-        return Alternative("layer-order", f"{a} and {b} are swapped", within)
+        return about("layer-order", f"{a} and {b} are swapped", within, a, b)
 
     def replaced(a: str, b: str) -> Alternative:
         def within(m: tnn.Module) -> Any:
-            return _forward(m.get_submodule(b), m.get_submodule(a).forward)
+            return forwarding(m.get_submodule(b), m.get_submodule(a).forward)
 
-        return Alternative("layer-order", f"{a} is called in the place of {b}", within)
+        return about("layer-order", f"{a} is called in the place of {b}", within, b)
 
     def alike(a: str, b: str) -> bool:
         one, two = module.get_submodule(a), module.get_submodule(b)
@@ -144,7 +137,7 @@ def of_functions(module: tnn.Module) -> Iterator[Alternative]:
     """Activations that modules of their own write out: another in their place."""
 
     def replaced(path: str, function: Callable[[T], T]) -> Callable[[tnn.Module], Any]:
-        return lambda m: _forward(m.get_submodule(path), lambda x: function(x))
+        return lambda m: forwarding(m.get_submodule(path), lambda x: function(x))
 
     for path, part in module.named_modules():
         known = _written_out(part)
@@ -203,7 +196,7 @@ def of_whole(module: tnn.Module) -> Iterator[Alternative]:
     def wrapped(change: Callable[..., Any]) -> Callable[[tnn.Module], Any]:
         def within(m: tnn.Module) -> Any:
             once = m.forward
-            return _forward(m, lambda x, *a, **k: change(lambda y: once(y, *a, **k), x))
+            return forwarding(m, lambda x, *a, **k: change(lambda y: once(y, *a, **k), x))
 
         return within
 

@@ -177,80 +177,7 @@ def of_neighbours(trace: Trace) -> Iterator[Alternative]:
             yield Alternative("layer-order", what, functools.partial(_around_sum, i))
 
 
-def of_norm_places(trace: Trace) -> Iterator[Alternative]:
-    """A normalisation of what goes into a branch, or of the sum with it, the one for the other."""
-    for i, norm in enumerate(trace.recorded):
-        if norm.name not in norms.NAMES:
-            continue
-        for j, add in enumerate(trace.recorded):
-            if add.name != "add" or not any(a is norm.x for a in add.args[:2]) or j < i:
-                continue
-            kept: list[Call] = []
-
-            def skipped(c: Call, kept: list[Call] = kept) -> Any:
-                kept[:] = [c]
-                return c.x * 1
-
-            def behind(c: Call, kept: list[Call] = kept) -> Any:
-                return _like(kept[0], c.run())
-
-            changes: Changes = {i: skipped, j: behind}
-            said = f"the {_numbered(trace, i)} behind the {_numbered(trace, j)}, not before"
-            yield Alternative("norm-first", said, functools.partial(_changed, changes))
-            break
-        summed = next((j for j in range(i) if trace.results[j] is norm.x), None)
-        if summed is None or trace.recorded[summed].name != "add":
-            continue
-        for x in trace.recorded[summed].args[:2]:
-            into = [
-                k for k in range(summed) if trace.recorded[k].args[:1] and trace.recorded[k].x is x
-            ]
-            if isinstance(x, T) and into:
-                own = functools.partial(_like, norm)
-                moved = dict.fromkeys(into, functools.partial(_of_own, own))
-                changes = {**moved, i: _untouched}
-                said = f"the {_numbered(trace, i)} of one summand's branch, not of the sum"
-                yield Alternative("norm-first", said, functools.partial(_changed, changes))
-
-
-def _of_own(own: Callable[[Any], Any], call: Call) -> Any:
-    return _like(call, own(call.x))
-
-
-def _untouched(call: Call) -> Any:
-    return call.x * 1
-
-
-def of_sums(trace: Trace) -> Iterator[Alternative]:
-    """Branches in a row that are side by side in the original: one reads the other's result too."""
-    starts = [i for i, c in enumerate(trace.recorded) if c.name in ("linear", "conv1d", "conv2d")]
-    for i in starts:
-        x = trace.recorded[i].x
-        for j in range(i - 1, max(-1, i - _REACH), -1):
-            other = trace.results[j]
-            alike = isinstance(other, T) and other.shape == x.shape and other.dtype == x.dtype
-            if alike and other is not x and trace.recorded[j].name in ("linear", "conv2d"):
-                same = [k for k in starts if k > j and trace.recorded[k].x is x]
-                yield Alternative(
-                    "another-tensor",
-                    f"the result of the {_numbered(trace, j)} added to the input of the "
-                    f"{_numbered(trace, i)}",
-                    functools.partial(_summed, j, tuple(same)),
-                    calls=tuple(same),
-                )
-
-
-def _summed(source: int, at: tuple[int, ...], module: tnn.Module) -> Changed:
-    kept: list[Any] = []
-
-    def first(c: Call) -> Any:
-        kept[:] = [c.run()]
-        return kept[0]
-
-    return Changed({source: first} | dict.fromkeys(at, lambda c: _like(c, c.x + kept[0])))
-
-
-def _like(call: Call, x: Any) -> Any:
+def like(call: Call, x: Any) -> Any:
     """A call of one tensor with another in its place."""
     return call.func(x, *call.args[1:], **call.kwargs)
 
@@ -260,9 +187,9 @@ def _exchanged(i: int, activation: Call, module: tnn.Module) -> Changed:
 
     def early(c: Call) -> Any:
         seen[:] = [c]
-        return _like(activation, c.x)
+        return like(activation, c.x)
 
-    return Changed({i: early, i + 1: lambda c: _like(seen[0], c.x)})
+    return Changed({i: early, i + 1: lambda c: like(seen[0], c.x)})
 
 
 def _within_sum(i: int, place: int, module: tnn.Module) -> Changed:
@@ -274,7 +201,7 @@ def _within_sum(i: int, place: int, module: tnn.Module) -> Changed:
 
     def late(c: Call) -> Any:
         summands = seen[0].args
-        return summands[1 - place] + _like(c, summands[place])
+        return summands[1 - place] + like(c, summands[place])
 
     return Changed({i: early, i + 1: late})
 
@@ -286,7 +213,7 @@ def _around_sum(i: int, module: tnn.Module) -> Changed:
         seen[:] = [c]
         return c.x * 1
 
-    return Changed({i: early, i + 1: lambda c: _like(seen[0], c.run())})
+    return Changed({i: early, i + 1: lambda c: like(seen[0], c.run())})
 
 
 class _Rewired(TorchFunctionMode):
@@ -313,7 +240,7 @@ class _Rewired(TorchFunctionMode):
 
 _REWIRED = ("add", "mul", "div", "matmul", "linear", "conv1d", "conv2d", *norms.NAMES)
 _REWIRED_TOO = ("scaled_dot_product_attention", "multi_head_attention_forward")
-_REACH = 40
+REACH = 40
 """How many calls back a tensor is looked for."""
 
 
@@ -328,7 +255,7 @@ def of_other_tensors(trace: Trace) -> Iterator[Alternative]:
             if not isinstance(wanted, T) or wanted.ndim < 2 or isinstance(wanted, tnn.Parameter):
                 continue
             known = [wanted]
-            for j in range(i - 1, max(-1, i - _REACH), -1):
+            for j in range(i - 1, max(-1, i - REACH), -1):
                 earlier = trace.recorded[j]
                 options: list[tuple[int | None, Any]] = [(None, trace.results[j])]
                 options += list(enumerate(earlier.args))
@@ -341,8 +268,8 @@ def of_other_tensors(trace: Trace) -> Iterator[Alternative]:
                     said = "the result" if n is None else f"argument {n + 1}"
                     yield Alternative(
                         "another-tensor",
-                        f"{said} of the {_numbered(trace, j)} for argument {place + 1} of the "
-                        f"{_numbered(trace, i)}",
+                        f"{said} of the {numbered(trace, j)} for argument {place + 1} of the "
+                        f"{numbered(trace, i)}",
                         functools.partial(_rewired, i, place, (j, n)),
                         calls=(i,),
                     )
@@ -356,7 +283,7 @@ def _changed(changes: Mapping[int, Callable[[Call], Any]], module: tnn.Module) -
     return Changed(changes)
 
 
-def _numbered(trace: Trace, i: int) -> str:
+def numbered(trace: Trace, i: int) -> str:
     name = trace.recorded[i].name
     nth = sum(c.name == name for c in trace.recorded[: i + 1])
     return f"{_ordinal(nth)} {name}"

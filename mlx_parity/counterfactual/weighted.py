@@ -101,7 +101,7 @@ def _conv(call: Call) -> Proposals:
 
 
 def _embedding(call: Call) -> Proposals:
-    for shift in (-1, 1):
+    for shift in (-1, 1, -2, 2):
         yield Change(
             "index-out-of-bounds",
             f"indices off by {shift:+d}",
