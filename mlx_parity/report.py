@@ -186,7 +186,8 @@ class Report:
     def _asides(self) -> list[str]:
         lines = []
         if self.carried:
-            guessed = self.verdict == "different" and "shapes" in self.carried
+            unexplained = self.verdict == "different" and not self.diagnoses
+            guessed = unexplained and "shapes" in self.carried
             hint = "; map= says which is which where that went wrong" if guessed else ""
             lines.append(f"weights: {self.carried}{hint}")
         lines += [f"{name}: {how}" for name, how in self.layouts.items()]

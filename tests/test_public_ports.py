@@ -496,7 +496,7 @@ def test_a_guess_at_the_weights_is_called_one_where_something_differs():
             self.one, self.two = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
 
         def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-            return self.one(x), mx.tanh(self.two(x))
+            return self.one(x), mx.tanh(self.two(x)) ** 3 + x * x
 
     report = check(Two(), Renamed(), X, until="forward")
     assert "map= says which is which where that went wrong" in " ".join(str(report).split())
