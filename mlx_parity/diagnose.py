@@ -38,7 +38,7 @@ ports were seen to be up to 100 of them rough."""
 
 
 FACTORS = ("scale-factor", "attention-scale")
-"""What fits a little of everything: not asked for where there is a cause already."""
+"""Numbers that fit a little of everything: not looked for where there is a cause already."""
 
 
 @dataclass
@@ -302,7 +302,9 @@ def _search(
     for alternative in sorted(options, key=lambda a: a.what not in known.what):
         if time.monotonic() > stop or (found and known.what and alternative.what not in known.what):
             break
-        if alternative.trap_id in seen or (found and alternative.trap_id in FACTORS):
+        if alternative.trap_id in seen:
+            continue
+        if found and alternative.fit and alternative.trap_id in FACTORS:
             continue
         try:
             best = _fitted(bench, alternative) if alternative.fit else alternative

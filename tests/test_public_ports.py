@@ -14,7 +14,7 @@ import torch
 from torch import nn as tnn
 from torch.nn import functional as F
 
-from mlx_parity import Report, check
+from mlx_parity import Report, check, counterfactual
 from mlx_parity.bench import Bench
 from mlx_parity.counterfactual import Alternative
 from mlx_parity.double import InDouble
@@ -854,6 +854,7 @@ class CappedPort(nn.Module):
 
 
 def test_what_lies_behind_the_last_that_agrees_is_tried_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(counterfactual, "MANY", 100)
     tried: list[str] = []
     usual = Bench.errors
 

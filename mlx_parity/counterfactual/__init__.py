@@ -35,6 +35,10 @@ from mlx_parity.counterfactual.tracing import (
     of_rotations,
 )
 
+MANY = 1000
+"""Of more alternatives than can be tried in time those come first that are about the calls between
+what agrees and what does not. Of fewer the likely ones do: a summand may be made earlier."""
+
 FEW = 12
 """Of as few calls all is tried, numbers too, before what is about something else."""
 
@@ -74,10 +78,11 @@ def alternatives(
     # A number found explains the least, one that has a name more than others, a factor less.
     named = {id(a) for a in settings}
 
-    few = last - first <= FEW < len(trace.calls)
+    crowded, few = len(found) > MANY, last - first <= FEW
 
     def rank(a: Alternative) -> tuple[bool, ...]:
-        elsewhere = any(not first <= i < last for i in a.calls) or (few and not a.calls)
+        outside = any(not first <= i < last for i in a.calls) or (few and not a.calls)
+        elsewhere = crowded and outside
         fitted = a.fit is not None
         factor = fitted and a.trap_id == "scale-factor"
         return elsewhere, fitted, fitted and id(a) not in named, factor
