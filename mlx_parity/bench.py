@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,22 +40,9 @@ ALPHA = 1e-4
 """Rate at which the right alternative is rejected by chance: bound 5.8 at 48 points."""
 
 
-def named_arrays(value: Any, name: str = "output") -> dict[str, Any]:
-    """The arrays and tensors of a nested result, by place."""
-    if isinstance(value, torch.Tensor | mx.array | np.ndarray):
-        return {name: value}
-    if isinstance(value, Mapping):
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, tuple | list):
-        items = enumerate(value)
-    elif hasattr(value, "__dict__"):
-        items = vars(value).items()
-    else:
-        return {}
-    found: dict[str, Any] = {}
-    for key, item in items:
-        found |= named_arrays(item, f"{name}.{key}")
-    return found
+def named_arrays(value: Any) -> dict[str, Any]:
+    """The arrays and tensors of a result, by place."""
+    return {f"output.{p}" if p else "output": a for p, a in leaves(value).items()}
 
 
 def _floats(array: np.ndarray) -> bool:

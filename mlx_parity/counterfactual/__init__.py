@@ -10,14 +10,14 @@ alternative under which the bias returns to 1 is what the port computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from torch import nn as tnn
 
 from mlx_parity.counterfactual.alternative import Alternative
-from mlx_parity.counterfactual.blocks import Visit, of_norm_places, of_rows, watched
+from mlx_parity.counterfactual.blocks import of_norm_places, of_rows, watched
 from mlx_parity.counterfactual.gradients import of_parameters
 from mlx_parity.counterfactual.modules import (
     of_children,
@@ -58,7 +58,9 @@ def alternatives(
     with Trace(backward) as trace:
         visits = watched(probe, trace)
         call(probe)
-    first, last = _window(visits, *between, len(trace.calls))
+    after, before = (visits.get(path) for path in between)
+    first = after.end if after else 0
+    last = before.start if before else len(trace.calls)
     found = list(of_calls(trace.calls, trace.shapes))
     if backward:
         found += of_parameters(module)
@@ -88,13 +90,6 @@ def alternatives(
         return elsewhere, fitted, fitted and id(a) not in named, factor
 
     return sorted(found, key=rank)
-
-
-def _window(visits: Sequence[Visit], after: str, before: str, count: int) -> tuple[int, int]:
-    """The calls behind the end of ``after`` and before the start of ``before``."""
-    ends = {v.path: v.end for v in visits}
-    starts = {v.path: v.start for v in visits}
-    return ends.get(after, 0), starts.get(before, count)
 
 
 __all__ = ["Alternative", "alternatives"]

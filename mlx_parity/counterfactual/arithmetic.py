@@ -219,8 +219,8 @@ def _variance(call: Call) -> Proposals:
 
 
 PROPOSALS: dict[str, Proposer] = {
-    **dict.fromkeys(("add", "add_", "__radd__"), _add),
-    **dict.fromkeys(("mul", "mul_", "div", "div_", "__rmul__"), _mul),
+    **dict.fromkeys(("add", "add_"), _add),
+    **dict.fromkeys(("mul", "mul_", "div", "div_"), _mul),
     **dict.fromkeys(("norm", "vector_norm"), _norm),
     **dict.fromkeys(("rsub", "__rsub__"), _from_one),
     "sub": _sub,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn as tnn
 
 from mlx_parity.counterfactual.alternative import Alternative
 from mlx_parity.counterfactual.calls import Call, T
-from mlx_parity.counterfactual.tracing import REACH, Changed, Trace, like, numbered
+from mlx_parity.counterfactual.tracing import REACH, Changed, Changes, Trace, like, numbered
 
 
 class Visit(NamedTuple):
     """A child's first call: which of the traced calls are its own, what it was given and gave."""
 
-    path: str
     start: int
     end: int
     x: Any
@@ -24,8 +23,8 @@ class Visit(NamedTuple):
     norm: bool
 
 
-def watched(module: tnn.Module, trace: Trace) -> list[Visit]:
-    """The first call of each child, in the order of their ends; known once it has been called."""
+def watched(module: tnn.Module, trace: Trace) -> dict[str, Visit]:
+    """The first call of each child by its path; known once the module has been called."""
     found: dict[str, Visit] = {}
     starts: dict[str, int] = {}
 
@@ -36,19 +35,15 @@ def watched(module: tnn.Module, trace: Trace) -> list[Visit]:
         def hook(child: tnn.Module, args: Any, y: Any) -> None:
             x = args[0] if args else None
             norm = "norm" in type(child).__name__.lower()
-            visit = Visit(path, starts[path], len(trace.calls), x, y, norm)
-            if path not in found:
-                found[path] = visit
-                visits.append(visit)
+            found.setdefault(path, Visit(starts[path], len(trace.calls), x, y, norm))
 
         return hook
 
-    visits: list[Visit] = []
     for path, child in module.named_modules():
         if path:
             child.register_forward_pre_hook(before(path))
             child.register_forward_hook(after(path))
-    return visits
+    return found
 
 
 @contextlib.contextmanager
@@ -65,24 +60,25 @@ def forwarding(module: tnn.Module, forward: Callable[..., Any]) -> Iterator[None
             module.forward = before
 
 
-def of_norm_places(trace: Trace, visits: Sequence[Visit]) -> Iterator[Alternative]:
+def of_norm_places(trace: Trace, visits: Mapping[str, Visit]) -> Iterator[Alternative]:
     """A norm of a branch's input, of its result, or of the sum: one for another."""
-    for v in visits:
+    for path, v in visits.items():
         if not v.norm or not isinstance(v.x, T) or not isinstance(v.y, T):
             continue
         for said, tensor in (("a branch's input", v.x), ("its result", v.y)):
             at = _sum_of(trace, tensor, v.end)
             if at is not None:
-                what = f"{v.path} of the {numbered(trace, at)}, not of {said}"
-                yield Alternative("norm-first", what, _behind(v, at), calls=(v.start, at))
+                what = f"{path} of the {numbered(trace, at)}, not of {said}"
+                within = _behind(path, at - (v.end - v.start))  # without the child's own calls
+                yield Alternative("norm-first", what, within, calls=(v.start, at))
         at = next((j for j in range(v.start) if trace.results[j] is v.x), None)
         if at is None or trace.recorded[at].name != "add":
             continue
         for x in trace.recorded[at].args[:2]:
             into = [k for k in range(at) if isinstance(x, T) and _reads(trace.recorded[k], x)]
             if into:
-                what = f"{v.path} of one summand's branch, not of the {numbered(trace, at)}"
-                yield Alternative("norm-first", what, _before(v, into), calls=(at, v.start))
+                what = f"{path} of one summand's branch, not of the {numbered(trace, at)}"
+                yield Alternative("norm-first", what, _before(path, into), calls=(at, v.start))
 
 
 def _reads(call: Call, x: T) -> bool:
@@ -98,24 +94,24 @@ def _sum_of(trace: Trace, x: T, start: int) -> int | None:
     return None
 
 
-def _behind(v: Visit, at: int) -> Callable[[tnn.Module], Any]:
+Norm = Callable[[Any], Any]
+
+
+def _behind(path: str, at: int) -> Callable[[tnn.Module], Any]:
+    return _moved(path, lambda norm: {at: lambda c: norm(c.run())})
+
+
+def _before(path: str, into: Sequence[int]) -> Callable[[tnn.Module], Any]:
+    return _moved(path, lambda norm: dict.fromkeys(into, lambda c: like(c, norm(c.x))))
+
+
+def _moved(path: str, to: Callable[[Norm], Changes]) -> Callable[[tnn.Module], Any]:
+    """A child that computes nothing in its own place, and calls that compute it instead."""
+
     @contextlib.contextmanager
     def within(module: tnn.Module) -> Iterator[None]:
-        child = module.get_submodule(v.path)
-        once = child.forward
-        changed = Changed({at - (v.end - v.start): lambda c: once(c.run())})  # without the child's
-        with forwarding(child, lambda x, *_, **__: x), changed:
-            yield
-
-    return within
-
-
-def _before(v: Visit, into: Sequence[int]) -> Callable[[tnn.Module], Any]:
-    @contextlib.contextmanager
-    def within(module: tnn.Module) -> Iterator[None]:
-        child = module.get_submodule(v.path)
-        once = child.forward
-        changed = Changed(dict.fromkeys(into, lambda c: like(c, once(c.x))))
+        child = module.get_submodule(path)
+        changed = Changed(to(child.forward))
         with forwarding(child, lambda x, *_, **__: x), changed:
             yield
 
@@ -126,12 +122,12 @@ _STARTS = ("linear", "conv1d", "conv2d")
 """Calls that a branch begins and ends with."""
 
 
-def of_rows(trace: Trace, visits: Sequence[Visit]) -> Iterator[Alternative]:
+def of_rows(trace: Trace, visits: Mapping[str, Visit]) -> Iterator[Alternative]:
     """Branches in a row that are side by side in the original: one reads the other's result too."""
     starts = [i for i, c in enumerate(trace.recorded) if c.name in _STARTS]
     for i in starts:
         x = trace.recorded[i].x
-        norm = next((v for v in visits if v.norm and v.y is x), None)
+        norm = next((path for path, v in visits.items() if v.norm and v.y is x), None)
         for j in range(i - 1, max(-1, i - REACH), -1):
             other = trace.results[j]
             alike = isinstance(other, T) and other.shape == x.shape and other.dtype == x.dtype
@@ -148,18 +144,18 @@ def of_rows(trace: Trace, visits: Sequence[Visit]) -> Iterator[Alternative]:
             if norm is not None:
                 yield Alternative(
                     "another-tensor",
-                    f"the result of the {source} added to what {norm.path} takes for the {target}",
+                    f"the result of the {source} added to what {norm} takes for the {target}",
                     _in_a_row(j, same, norm),
                     calls=same,
                 )
 
 
-def _in_a_row(source: int, at: Sequence[int], norm: Visit | None) -> Callable[[tnn.Module], Any]:
+def _in_a_row(source: int, at: Sequence[int], norm: str | None) -> Callable[[tnn.Module], Any]:
     @contextlib.contextmanager
     def within(module: tnn.Module) -> Iterator[None]:
         result: list[T] = []
         before: list[T] = []
-        child = module.get_submodule(norm.path) if norm else tnn.Identity()
+        child = module.get_submodule(norm) if norm else tnn.Identity()
         once = child.forward
 
         def noted(x: T, *args: Any, **kwargs: Any) -> Any:

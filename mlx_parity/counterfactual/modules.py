@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ _MANY_CHILDREN = 24
 """From how many modules on only the upper levels are changed: pairs grow as the square."""
 
 
-def of_children(module: tnn.Module, visits: Sequence[Visit] = ()) -> Iterator[Alternative]:
+def of_children(module: tnn.Module, visits: Mapping[str, Visit]) -> Iterator[Alternative]:
     """Layers skipped, doubled, and swapped with their like."""
-    began = {v.path: v.start for v in visits}
 
     def about(trap: str, what: str, within: Callable[..., Any], *paths: str) -> Alternative:
-        calls = tuple(began[path] for path in paths if path in began)
+        calls = tuple(visits[path].start for path in paths if path in visits)
         return Alternative(trap, what, within, calls=calls)
 
     names = [n for n, m in module.named_modules() if n and not isinstance(m, tnn.ModuleList)]
